@@ -1,0 +1,27 @@
+"""``python -m bench NAME [options]``: run one benchmark and write its results under bench/results/."""
+
+import importlib
+import sys
+
+# Name → module with main(arguments) -> exit status, and what it does.
+COMMANDS = {
+    "cpu": ("bench.cpu", "operators on this machine's CPU, against eager PyTorch and torch.compile"),
+    "gpu": ("bench.gpu", "GPU tests, then operators on this machine's GPU, against the copy rate and peers"),
+    "step": ("bench.step", "the time of a whole training step, per model and policy, against mixup"),
+    "quality": ("bench.quality", "test error per policy at equal epochs and at equal time, on tabular data"),
+    "demo": ("bench.demo", "train the paper's tabular network on two data sets: one table, one picture"),
+    "aot": ("bench.aot", "compile every Triton kernel ahead of time and report its registers"),
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print("usage: python -m bench NAME [--help]\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:8} {what}")
+        return 2
+    return importlib.import_module(COMMANDS[sys.argv[1]][0]).main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Fused operators that make MixupE training (Zou et al., UAI 2023) cost what plain mixup costs.
+
+>>> mixup_fn = mixupe_kernels.MixupE(alpha=1.0, clean_fraction=1 / 8)
+>>> criterion = mixupe_kernels.MixupELoss(eta=1e-3)
+>>> x, target = mixup_fn(x, labels)
+>>> criterion(model(x), target).backward()
+"""
+
+from .backends import available_backends, use_backend
+from .batch import MixedTarget, Mixup, MixupE, mix_labels
+from .loss import MixupELoss, mixupe_loss, q_hat
+from .ops import bce_entropy, ce_entropy, mix
+from .sampling import expected_a_lambda
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MixedTarget",
+    "Mixup",
+    "MixupE",
+    "MixupELoss",
+    "available_backends",
+    "bce_entropy",
+    "ce_entropy",
+    "expected_a_lambda",
+    "mix",
+    "mix_labels",
+    "mixupe_loss",
+    "q_hat",
+    "use_backend",
+]

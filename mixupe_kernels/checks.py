@@ -1,0 +1,83 @@
+"""Checks of arguments, made before anything is computed. Each error names the argument, its value and what was expected.
+
+Only shapes, dtypes, devices and Python numbers are looked at here: values of tensors are checked inside the operators
+(on the CPU in the loop that reads them anyway, elsewhere by device-side asserts), because reading one back synchronises.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def number(name: str, value, expected: str, accept) -> float:
+    """``value`` as a float if it is a real number that ``accept`` takes, else TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
+    value = float(value)
+    if math.isnan(value) or not accept(value):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return value
+
+
+def positive(name: str, value) -> float:
+    return number(name, value, "a number > 0", lambda v: 0 < v < math.inf)
+
+
+def non_negative(name: str, value) -> float:
+    return number(name, value, "a number >= 0", lambda v: 0 <= v < math.inf)
+
+
+def fraction(name: str, value) -> float:
+    return number(name, value, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+
+
+def positive_int(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 1, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value}")
+    return value
+
+
+def choice(name: str, value, options: Sequence[str]) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def tensor(name: str, value) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    if value.shape != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+_VALUE_MESSAGE = re.compile(r"(target|partner|rows|lam|index|a_index|b_index) must be ")
+
+
+def translate(error: RuntimeError) -> Exception:
+    """A compiled backend can only raise RuntimeError: make one about a tensor's values the ValueError it stands for."""
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    found = _VALUE_MESSAGE.search(first_line)
+    return ValueError(first_line[found.start() :]) if found else error

@@ -1,0 +1,360 @@
+"""The definition of every operator, in plain PyTorch: what each backend must reproduce.
+
+The functions here have the signatures of ``torch.ops.mixupe`` and run on any device, with nothing compiled.
+Arithmetic is float64 for float64 inputs and float32 for every other dtype; results are rounded once, at the end.
+
+Notation (MixupE, Zou et al., UAI 2023; mixup, Zhang et al., 2018): logits z, p = softmax(z), targets y, λ the weight
+of a row's own sample. CE = -Σ y log p and H = -Σ p log p give eq. 5 of the paper as q̂ = (y - p)ᵀz = H - CE when Σy = 1.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
+PENALTIES = ("abs", "threshold", "linear_detached")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an operator computes in: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# mix: x̃_i = λ_i x_i + (1 - λ_i) x_partner(i)   (mixup, eq. 1)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device) if rows is None else rows
+
+
+def _partner_of(x: Tensor, partner: Tensor | None, rows: Tensor) -> Tensor:
+    """``partner`` None is the flip pairing: row i with row B - 1 - i."""
+    return x.shape[0] - 1 - rows if partner is None else partner
+
+
+def row_format(x: Tensor) -> torch.memory_format:
+    """channels_last where each sample of x is so and not contiguous as well, else contiguous: what outputs keep."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    first = x[:1]
+    if channels_last and not first.is_contiguous() and first.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def check_range(name: str, values: Tensor, low, high, expected: str) -> None:
+    """Raise on the CPU, assert on the device elsewhere: reading a value back would synchronise."""
+    inside = ((values >= low) & (values <= high)).all()
+    if values.device.type == "cpu":
+        if not bool(inside):
+            bad = values[~((values >= low) & (values <= high))][0].item()
+            raise ValueError(f"{name} must be {expected}, got {bad}")
+    elif values.device.type != "meta":
+        torch._assert_async(inside)
+
+
+def mix(
+    x: Tensor,
+    partner: Tensor | None,
+    lam: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """out_i = λ_i f(x[rows_i]) + (1 - λ_i) f(x[partner_i]) with f(v) = v·scale + shift per channel (dim 1).
+
+    A sample of weight 0 is not read: λ = 1 is an exact copy, whatever the partner holds.
+    """
+    compute = accumulate_dtype(x.dtype)
+    rows = _rows_of(x, rows)
+    partner = _partner_of(x, partner, rows)
+    check_range("partner", partner, 0, x.shape[0] - 1, f"in [0, {x.shape[0] - 1}]")
+    check_range("rows", rows, 0, x.shape[0] - 1, f"in [0, {x.shape[0] - 1}]")
+    check_range("lam", lam, 0, 1, "in [0, 1]")
+    weight = lam.to(compute).expand(rows.shape[0]).view(-1, *[1] * (x.dim() - 1))
+    own, other = x[rows].to(compute), x[partner].to(compute)
+    out = torch.where(weight == 1, own, torch.where(weight == 0, other, weight * own + (1 - weight) * other))
+    if scale is not None:
+        out = out * _per_channel(scale.to(compute), x) + _per_channel(shift.to(compute), x)
+    out = out.to(dtype or x.dtype)
+    return out.contiguous(memory_format=memory_format or row_format(x))
+
+
+def mix_out(
+    x: Tensor,
+    partner: Tensor | None,
+    lam: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """``mix`` into a caller's buffer; ``out`` may be ``x`` itself when partner is None (flip)."""
+    out.copy_(mix(x, partner, lam, rows, scale, shift, out.dtype))
+
+
+# Mixing is linear, so its backward is a weighted sum of rows again. gather_sum and row_dot are closed under
+# differentiation: the gradient of each is made of the two.
+
+
+def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """out_j = Σ_{t = offsets[j]}^{offsets[j+1] - 1} weight_t · src[index_t], summed in the order of t.
+
+    ``src`` (M, ...), ``index`` and ``weight`` (T,), ``offsets`` (J + 1,) ascending from 0 to T. Rows no t points to are 0.
+    """
+    compute = accumulate_dtype(src.dtype)
+    terms = src[index].to(compute) * weight.to(compute).view(-1, *[1] * (src.dim() - 1))
+    segment = torch.searchsorted(offsets, torch.arange(index.shape[0], device=src.device), right=True) - 1
+    out = terms.new_zeros((offsets.shape[0] - 1, *src.shape[1:]))
+    return out.index_add(0, segment, terms).to(src.dtype)
+
+
+def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
+    """⟨a[a_index_t], b[b_index_t]⟩ over everything but the first dimension → (T,) float32 (float64 for float64)."""
+    compute = accumulate_dtype(a.dtype)
+    products = a[a_index].to(compute) * b[b_index].to(compute)
+    return products.flatten(1).sum(1) if products.dim() > 1 else products
+
+
+# ce_entropy: (CE, H, lse) of each row, and the one backward for every loss made of them
+
+
+def dense_target(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The (N, C) targets y that the arguments stand for.
+
+    ``target`` is (N, C) already, (N,) class indices, or with ``partner`` and ``lam`` (N,) the mixture
+    λ·onehot(target) + (1 - λ)·onehot(partner). A label equal to ``ignore_index`` has weight 0. Smoothing and
+    class weights as in ``torch.nn.functional.cross_entropy``.
+    """
+    compute, classes = accumulate_dtype(logits.dtype), logits.shape[1]
+    if target.dim() == 2:
+        y = target.to(compute)
+        if label_smoothing:
+            y = y * (1 - label_smoothing) + label_smoothing / classes
+    else:
+        terms = [(target, 1.0)] if partner is None else [(target, lam.to(compute)), (partner, 1 - lam.to(compute))]
+        y = logits.new_zeros(logits.shape, dtype=compute)
+        for labels, weight in terms:
+            kept = labels != ignore_index
+            check_range("target", labels.where(kept, 0), 0, classes - 1, f"a class in [0, {classes - 1}]")
+            weight = (kept * weight).to(compute).unsqueeze(1)
+            onehot = torch.zeros_like(y).scatter(1, labels.where(kept, 0).unsqueeze(1), 1.0)
+            y = y + weight * (onehot * (1 - label_smoothing) + label_smoothing / classes)
+    return y if class_weight is None else y * class_weight.to(compute)
+
+
+def _zero_where(zero: Tensor, values: Tensor) -> Tensor:
+    return torch.where(zero, torch.zeros((), dtype=values.dtype, device=values.device), values)
+
+
+def ce_entropy(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(CE, H, lse) of each row, (N,) each. With ``sigmoid``, (BCE, H, Σ softplus) summed over the classes.
+
+    A class with logit -∞ has p = 0 and adds 0; where its target is 0 too, it adds 0 to CE.
+    """
+    z = logits.to(accumulate_dtype(logits.dtype))
+    y = dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
+    if sigmoid:
+        e = torch.exp(-z.abs())
+        softplus = z.clamp(min=0) + torch.log1p(e)
+        entropy = torch.log1p(e) + _zero_where(e == 0, z.abs() * e / (1 + e))
+        ce = softplus - _zero_where(y == 0, y * z)
+        return ce.sum(1), entropy.sum(1), softplus.sum(1)
+    top = z.amax(1, keepdim=True)
+    log_sum = torch.exp(z - top).sum(1, keepdim=True).log()
+    log_p = z - top - log_sum
+    p = torch.exp(log_p)
+    entropy = -_zero_where(p == 0, p * log_p).sum(1)
+    ce = -_zero_where(y == 0, y * log_p).sum(1)
+    return ce, entropy, (top + log_sum).squeeze(1)
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).unsqueeze(1) if grad is None else grad.to(like.dtype).unsqueeze(1)
+
+
+def ce_entropy_backward(
+    grad_ce: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sigmoid: bool = False,
+) -> Tensor:
+    """dz_k = p_k [g_ce·Σy + g_lse - g_H (log p_k + H)] - g_ce·y_k; a gradient of None is zero.
+
+    With ``sigmoid``: dz_k = g_ce (σ_k - y_k) + g_lse σ_k - g_H z_k σ_k (1 - σ_k).
+    """
+    z = logits.to(accumulate_dtype(logits.dtype))
+    y = dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
+    g_ce, g_h, g_lse = (_or_zero(g, lse) for g in (grad_ce, grad_entropy, grad_lse))
+    if sigmoid:
+        p = torch.sigmoid(z)
+        variance = p * torch.sigmoid(-z)
+        dz = g_ce * (p - y) + g_lse * p - g_h * _zero_where(variance == 0, z * variance)
+        return dz.to(logits.dtype)
+    log_p = z - lse.unsqueeze(1)
+    p = torch.exp(log_p)
+    from_entropy = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))
+    dz = p * (g_ce * y.sum(1, keepdim=True) + g_lse) - g_h * from_entropy - g_ce * y
+    return dz.to(logits.dtype)
+
+
+# mixupe_loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
+
+
+def kept_labels(target: Tensor, partner: Tensor | None, lam: Tensor | None) -> Tensor | None:
+    """The share of each row's labels that is not ignored, (N,); None for dense targets, which ignore nothing."""
+    if target.dim() == 2:
+        return None
+    own = target != IGNORE_INDEX
+    if partner is None:
+        return own.to(torch.float32)
+    other = partner != IGNORE_INDEX
+    return torch.where(own & other, 1.0, own * lam.float() + other * (1 - lam.float()))
+
+
+def q_hat(ce: Tensor, entropy: Tensor, lse: Tensor, target: Tensor, sigmoid: bool = False, label_smoothing=0.0) -> Tensor:
+    """q̂ = H - CE + (Σy - 1)·lse; the last term is there only where targets are dense and so need not sum to 1."""
+    if target.dim() == 2 and not sigmoid:
+        mass = target.to(lse.dtype).sum(1) * (1 - label_smoothing) + label_smoothing
+        return entropy - ce + _zero_where(mass == 1, (mass - 1) * lse)
+    return entropy - ce
+
+
+def mixupe_loss(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    rescale: bool = True,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, parts, ce, entropy, lse), parts = (L_mix, R, η̂, 1/rows of L_mix, 1/rows of R); penalty indexes PENALTIES.
+
+    The first ``num_mixed`` rows carry L_mix and the last ``num_reg`` carry R. Rows whose label is ignored leave
+    both means, and a mean over no rows is 0.
+    """
+    ce, entropy, lse = ce_entropy(logits, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid)
+    q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
+    kept = kept_labels(target, partner, lam)
+    kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
+    whole = kept[kept.shape[0] - num_reg :] == 1
+    rows_mix, rows_reg = kept[:num_mixed].sum(), whole.sum().to(ce.dtype)
+    per_mix = torch.where(rows_mix > 0, 1 / rows_mix, 0.0).to(ce.dtype)
+    per_reg = torch.where(rows_reg > 0, 1 / rows_reg, 0.0).to(ce.dtype)
+    q = q[q.shape[0] - num_reg :]
+    value = (q.abs(), _zero_where(~(q < threshold) & ~q.isnan(), -q), -q)[penalty]
+    mix_loss = ce[:num_mixed].sum() * per_mix
+    reg = reg_weight.to(ce.dtype) * _zero_where(~whole, value).sum() * per_reg
+    total = mix_loss + eta.to(ce.dtype) * reg
+    eta_hat = torch.where(total == 0, 1.0, mix_loss.abs() / total.abs()) if rescale else torch.ones_like(total)
+    loss = (eta_hat * total).to(ce.dtype)
+    return loss, torch.stack([mix_loss, reg, eta_hat.to(ce.dtype), per_mix, per_reg]), ce, entropy, lse
+
+
+def loss_coefficients(
+    grad: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    parts: Tensor,
+    ce: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int,
+    threshold: float,
+    label_smoothing: float,
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (g_ce, g_H, g_lse) of ``grad``·loss, (N,) each; η̂ is a constant (detached, MixupE eq. 9)."""
+    rows = torch.arange(ce.shape[0], device=ce.device)
+    q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
+    slope = (torch.sign(q), -(q < threshold).to(q.dtype), -torch.ones_like(q))[penalty]
+    kept = kept_labels(target, partner, lam)
+    regularized = rows >= ce.shape[0] - num_reg
+    if kept is not None:
+        regularized = regularized & (kept == 1)
+    upstream = grad.to(ce.dtype) * parts[2]
+    g_q = _zero_where(~regularized, upstream * eta.to(ce.dtype) * reg_weight.to(ce.dtype) * parts[4] * slope)
+    g_ce = _zero_where(rows >= num_mixed, (upstream * parts[3]).expand_as(ce)) - g_q
+    g_lse = torch.zeros_like(g_q)
+    if target.dim() == 2 and not sigmoid:
+        g_lse = g_q * (target.to(lse.dtype).sum(1) * (1 - label_smoothing) + label_smoothing - 1)
+    # linear_detached: (y - p) is a constant, so H has no gradient of its own.
+    g_entropy = torch.zeros_like(g_q) if PENALTIES[penalty] == "linear_detached" else g_q
+    return g_ce, g_entropy, g_lse
+
+
+def mixupe_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    parts: Tensor,
+    ce: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> Tensor:
+    """The gradient of ``grad``·loss with respect to the logits, (N, C)."""
+    coefficients = loss_coefficients(
+        grad, target, partner, lam, eta, reg_weight, parts, ce, entropy, lse,
+        num_mixed, num_reg, penalty, threshold, label_smoothing, sigmoid,
+    )  # fmt: skip
+    return ce_entropy_backward(
+        *coefficients, logits, entropy, lse, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid
+    )
+
+
+def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
+    """``mixupe_loss_backward`` into ``out``, which may be the logits themselves."""
+    out.copy_(mixupe_loss_backward(*args, **kwargs))
