@@ -134,7 +134,8 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in available_backends():
         reason = missing_backends().get(name)
         detail = f": {reason}" if reason else ""
-        raise ValueError(f"backend must be one of {', '.join(available_backends())}, got {name!r}{detail}")
+        options = ", ".join(map(repr, available_backends()))
+        raise ValueError(f"backend must be one of {options}, got {name!r}{detail}")
     keys = ("CPU", "CUDA") if name == "triton" and _interpreted() else _KEYS[name]
     before = _table.serving
     _table.install({**before, **dict.fromkeys(keys, name)})

@@ -77,7 +77,10 @@ def ce_entropy_double_backward(
         d_shift = -dz.sum(1)
         dy = g_ce * ((v * p).sum(1, keepdim=True) - v)
     dtarget, dlam = target_gradients(dy, target, partner, lam, class_weight, label_smoothing, ignore_index)
-    upstream = (None if g is None else d.sum(1).to(g.dtype) for g, d in ((grad_ce, d_ce), (grad_entropy, d_h), (grad_lse, d_lse)))
+    upstream = (
+        None if g is None else d.sum(1).to(g.dtype)
+        for g, d in ((grad_ce, d_ce), (grad_entropy, d_h), (grad_lse, d_lse))
+    )
     return *upstream, dz.to(logits.dtype), d_entropy, d_shift, dtarget, None, dlam, None
 
 

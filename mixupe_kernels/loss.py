@@ -73,9 +73,7 @@ def _loss(
     batch = max(logits.shape[0], 1)
     each = rows.shape[0] // batch if logits.dim() > 1 else 1
     num_mixed, num_reg, reg_weight = target[3:6] if isinstance(target, tuple) else (batch, 0, 0.0)
-    num_mixed, num_reg = (
-        min(int(count) * each, rows.shape[0]) for count in (num_mixed, num_reg)
-    )
+    num_mixed, num_reg = (min(int(count) * each, rows.shape[0]) for count in (num_mixed, num_reg))
     reg_weight = _scalar("target.reg_weight", reg_weight, logits)
     differentiable_target = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in parts
@@ -110,7 +108,9 @@ def composed_loss(
         # -(y - p)ᵀz with y - p constant has CE's gradient, and the value -q̂.
         fixed = ops.Target(*(None if part is None else part.detach() for part in parts))
         constant = ops._call(ops.ce_entropy_op, rows, *fixed, *options)
-        value = constant[0] - (constant[0] + reference.q_hat(*constant, fixed.target, sigmoid, label_smoothing)).detach()
+        value = (
+            constant[0] - (constant[0] + reference.q_hat(*constant, fixed.target, sigmoid, label_smoothing)).detach()
+        )
         value = value[first_reg:]
     else:
         q = reference.q_hat(ce, entropy, lse, parts.target, sigmoid, label_smoothing)[first_reg:]

@@ -149,11 +149,17 @@ def dense_target(
         y = logits.new_zeros(logits.shape, dtype=compute)
         for labels, weight in terms:
             kept = labels != ignore_index
-            check_range("target", labels.where(kept, 0), 0, classes - 1, f"a class in [0, {classes - 1}]")
             weight = (kept * weight).to(compute).unsqueeze(1)
             onehot = torch.zeros_like(y).scatter(1, labels.where(kept, 0).unsqueeze(1), 1.0)
             y = y + weight * (onehot * (1 - label_smoothing) + label_smoothing / classes)
     return y if class_weight is None else y * class_weight.to(compute)
+
+
+def check_classes(target: Tensor, partner: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Refuse class indices outside [0, classes) other than ``ignore_index``."""
+    for labels in () if target.dim() == 2 else (target,) if partner is None else (target, partner):
+        kept = labels.where(labels != ignore_index, 0)
+        check_range("target", kept, 0, classes - 1, f"a class in [0, {classes - 1}]")
 
 
 def _zero_where(zero: Tensor, values: Tensor) -> Tensor:
@@ -174,6 +180,7 @@ def ce_entropy(
 
     A class with logit -∞ has p = 0 and adds 0; where its target is 0 too, it adds 0 to CE.
     """
+    check_classes(target, partner, logits.shape[1], ignore_index)
     z = logits.to(accumulate_dtype(logits.dtype))
     y = dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
     if sigmoid:
@@ -221,12 +228,12 @@ def ce_entropy_backward(
         p = torch.sigmoid(z)
         variance = p * torch.sigmoid(-z)
         dz = g_ce * (p - y) + g_lse * p - g_h * _zero_where(variance == 0, z * variance)
-        return dz.to(logits.dtype)
+        return dz.to(logits.dtype).contiguous()
     log_p = z - lse.unsqueeze(1)
     p = torch.exp(log_p)
     from_entropy = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))
     dz = p * (g_ce * y.sum(1, keepdim=True) + g_lse) - g_h * from_entropy - g_ce * y
-    return dz.to(logits.dtype)
+    return dz.to(logits.dtype).contiguous()
 
 
 # mixupe_loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
@@ -243,7 +250,9 @@ def kept_labels(target: Tensor, partner: Tensor | None, lam: Tensor | None) -> T
     return torch.where(own & other, 1.0, own * lam.float() + other * (1 - lam.float()))
 
 
-def q_hat(ce: Tensor, entropy: Tensor, lse: Tensor, target: Tensor, sigmoid: bool = False, label_smoothing=0.0) -> Tensor:
+def q_hat(
+    ce: Tensor, entropy: Tensor, lse: Tensor, target: Tensor, sigmoid: bool = False, label_smoothing=0.0
+) -> Tensor:
     """q̂ = H - CE + (Σy - 1)·lse; the last term is there only where targets are dense and so need not sum to 1."""
     if target.dim() == 2 and not sigmoid:
         mass = target.to(lse.dtype).sum(1) * (1 - label_smoothing) + label_smoothing

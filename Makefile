@@ -1,0 +1,34 @@
+# Two commands need nothing but python3 and the network: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python -m bench demo
+
+# Interpreted Triton must see TRITON_INTERPRET before triton is imported, so it has a process of its own.
+test: $(READY)
+	$(BIN)/python -m pytest tests -q -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first and alone: the build needs it, and no build environment should fetch another one.
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(BIN)/pip install --quiet -r requirements.lock
+	touch $@
+
+$(READY): $(VENV)/.installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build mixupe_kernels/*.so *.egg-info

@@ -1,0 +1,129 @@
+"""The drop-in criterion, and the losses that are expressions over ce_entropy."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixupe_kernels as mk
+
+
+@pytest.fixture
+def target():
+    labels = torch.randint(5, (8,))
+    return mk.MixedTarget(labels, labels.roll(1), torch.rand(8), 5, 3, 0.3)
+
+
+def test_criterion_is_the_function(target):
+    logits = torch.randn(8, 5)
+    criterion = mk.MixupELoss(eta=0.4, penalty="threshold", threshold=0.2, label_smoothing=0.1)
+    expected = mk.mixupe_loss(logits, target, eta=0.4, penalty="threshold", threshold=0.2, label_smoothing=0.1)
+    assert torch.equal(criterion(logits, target), expected)
+
+
+def test_last_holds_the_parts(target):
+    logits = torch.randn(8, 5, requires_grad=True)
+    criterion = mk.MixupELoss(eta=0.4)
+    assert criterion.last is None
+    loss = criterion(logits, target)
+    mix_loss, reg, eta_hat = criterion.last
+    torch.testing.assert_close(loss.detach(), eta_hat * (mix_loss + 0.4 * reg))
+    torch.testing.assert_close(reg, 0.3 * mk.q_hat(logits, target)[-3:].abs().mean().detach())
+    assert not any(part.requires_grad for part in criterion.last)
+
+
+def test_eta_can_change_between_steps(target):
+    logits = torch.randn(8, 5)
+    criterion = mk.MixupELoss(eta=0.0)
+    criterion(logits, target)
+    criterion.eta = 0.8
+    criterion(logits, target)
+    assert torch.equal(criterion(logits, target), mk.MixupELoss(eta=0.8)(logits, target))
+    with pytest.raises(ValueError, match="eta must be a number >= 0, got -1"):
+        criterion.eta = -1
+    assert criterion.eta == 0.8
+
+
+def test_plain_targets_give_plain_cross_entropy():
+    logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
+    criterion = mk.MixupELoss(eta=0.4)
+    torch.testing.assert_close(criterion(logits, labels), F.cross_entropy(logits, labels))
+    soft = torch.rand(8, 5).softmax(1)
+    torch.testing.assert_close(criterion(logits, soft), F.cross_entropy(logits, soft))
+
+
+def test_eta_as_a_tensor(target):
+    logits = torch.randn(8, 5)
+    assert mk.mixupe_loss(logits, target, eta=torch.tensor(0.3)) == mk.mixupe_loss(logits, target, eta=0.3)
+
+
+def test_criterion_copies_and_saves(target):
+    criterion = mk.MixupELoss(eta=0.4)
+    logits = torch.randn(8, 5)
+    assert torch.equal(copy.deepcopy(criterion)(logits, target), criterion(logits, target))
+    assert "eta=0.4" in repr(criterion)
+
+
+def test_regmixup_is_cross_entropy_of_the_clean_rows(target):
+    # RegMixup (Pinto et al., 2022): CE(mixed) + weight·CE(clean)
+    logits = torch.randn(8, 5)
+    ce = mk.ce_entropy(logits, target).ce
+    loss = ce[: target.num_mixed].mean() + 0.7 * ce[-target.num_reg :].mean()
+    dense = target.dense(5)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits[:5], dense[:5]) + 0.7 * F.cross_entropy(logits[5:], dense[5:])
+    )
+
+
+def test_confidence_penalty_and_z_loss():
+    logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
+    ce, entropy, lse = mk.ce_entropy(logits, labels)
+    p = logits.softmax(1)
+    torch.testing.assert_close(
+        (ce - 0.1 * entropy).mean(), F.cross_entropy(logits, labels) + 0.1 * (p * p.log()).sum(1).mean()
+    )
+    torch.testing.assert_close(1e-4 * lse.square().mean(), 1e-4 * logits.logsumexp(1).square().mean())
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"eta": -0.1}, ValueError, "eta must be a number >= 0, got -0.1"),
+        ({"eta": float("nan")}, ValueError, "eta must be a number >= 0, got nan"),
+        ({"eta": "big"}, TypeError, "eta must be a number >= 0, got str 'big'"),
+        (
+            {"penalty": "square"},
+            ValueError,
+            "penalty must be one of 'abs', 'threshold', 'linear_detached', got 'square'",
+        ),
+        ({"activation": "relu"}, ValueError, "activation must be one of 'softmax', 'sigmoid', got 'relu'"),
+        ({"label_smoothing": 2}, ValueError, r"label_smoothing must be a number in \[0, 1\], got 2"),
+        ({"threshold": float("nan")}, ValueError, "threshold must be a number, got nan"),
+    ],
+)
+def test_options_are_checked(target, options, error, message):
+    with pytest.raises(error, match=message):
+        mk.MixupELoss(**options)
+    with pytest.raises(error, match=message):
+        mk.mixupe_loss(torch.randn(8, 5), target, **{"eta": 0.1, **options})
+
+
+def test_sigmoid_refuses_class_indices(target):
+    with pytest.raises(TypeError, match="target must be floating point"):
+        mk.mixupe_loss(torch.randn(8, 5), target, eta=0.1, activation="sigmoid")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"lam": torch.ones(7)}, ValueError, r"target.lam must have shape \(8,\), got \(7,\)"),
+        ({"partner_labels": torch.zeros(7, dtype=torch.int64)}, ValueError, "target.partner_labels must have shape"),
+        ({"labels": torch.full((8,), 5)}, ValueError, r"target must be a class in \[0, 4\], got 5"),
+        ({"lam": [1.0] * 8}, TypeError, "target.lam must be a torch.Tensor, got list"),
+        ({"reg_weight": -1.0}, ValueError, "target.reg_weight must be a number >= 0, got -1"),
+    ],
+)
+def test_targets_are_checked(target, change, error, message):
+    with pytest.raises(error, match=message):
+        mk.mixupe_loss(torch.randn(8, 5), target._replace(**change), eta=0.1)
