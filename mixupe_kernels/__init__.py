@@ -8,7 +8,11 @@
 
 from .backends import available_backends, use_backend
 from .batch import MixedTarget, Mixup, MixupE, mix_labels
+from .exact import batch_mean, exact_q
+from .forward import forward_mixupe
+from .linear import linear_mixupe_loss
 from .loss import MixupELoss, mixupe_loss, q_hat
+from .metrics import MixedAccuracy, mixed_accuracy
 from .ops import bce_entropy, ce_entropy, mix
 from .sampling import expected_a_lambda
 
@@ -19,12 +23,18 @@ __all__ = [
     "Mixup",
     "MixupE",
     "MixupELoss",
+    "MixedAccuracy",
     "available_backends",
+    "batch_mean",
     "bce_entropy",
     "ce_entropy",
+    "exact_q",
     "expected_a_lambda",
+    "forward_mixupe",
+    "linear_mixupe_loss",
     "mix",
     "mix_labels",
+    "mixed_accuracy",
     "mixupe_loss",
     "q_hat",
     "use_backend",

@@ -31,7 +31,7 @@ def q_hat(logits: Tensor, target: Tensor | tuple, *, activation: str = "softmax"
     target = ops.as_target(target, logits)
     if sigmoid:
         ops.as_multilabel(target)
-    outputs = ops._call(ops.ce_entropy_op, rows, *target, None, 0.0, reference.IGNORE_INDEX, sigmoid)
+    outputs = ops.call(ops.ce_entropy_op, rows, *target, None, 0.0, reference.IGNORE_INDEX, sigmoid)
     return reference.q_hat(*outputs, target.target, sigmoid).view(logits.shape[:-1])
 
 
@@ -55,83 +55,155 @@ def _scalar(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
     return torch.full((), checks.non_negative(name, value), dtype=compute, device=logits.device)
 
 
-def _loss(
-    logits: Tensor,
-    target: Tensor | tuple,
-    eta: Tensor,
-    penalty: str | Callable[[Tensor], Tensor],
-    threshold: float,
-    rescale: bool,
-    label_smoothing: float,
-    sigmoid: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss, parts) of checked options."""
-    rows = ops.as_rows(logits)
-    parts = ops.as_target(target, logits)
-    if sigmoid:
-        ops.as_multilabel(parts)
-    batch = max(logits.shape[0], 1)
-    each = rows.shape[0] // batch if logits.dim() > 1 else 1
-    num_mixed, num_reg, reg_weight = target[3:6] if isinstance(target, tuple) else (batch, 0, 0.0)
-    num_mixed, num_reg = (min(int(count) * each, rows.shape[0]) for count in (num_mixed, num_reg))
-    reg_weight = _scalar("target.reg_weight", reg_weight, logits)
-    differentiable_target = torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in parts
-    )
-    if callable(penalty) or differentiable_target:
-        return composed_loss(
-            rows, parts, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, label_smoothing, sigmoid
+def _count_rows(target: Tensor | tuple, logits: Tensor) -> tuple[int, int, Tensor]:
+    """(rows of L_mix, rows of R, w) in rows of the flattened logits; a plain target carries L_mix on every row."""
+    rows = logits.shape[:-1].numel()
+    if not isinstance(target, tuple):
+        return rows, 0, _scalar("target.reg_weight", 0.0, logits)
+    each = rows // max(logits.shape[0], 1)
+    counts = []
+    for name in ("num_mixed", "num_reg"):
+        count = getattr(target, name)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= logits.shape[0]:
+            raise ValueError(f"target.{name} must be an int in [0, {logits.shape[0]}], got {count!r}")
+        counts.append(count * each)
+    return *counts, _scalar("target.reg_weight", target.reg_weight, logits)
+
+
+class _InplaceLoss(torch.autograd.Function):
+    """``mixupe::mixupe_loss`` whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, *args):
+        outputs = ops.below_autograd(ops.mixupe_loss_op, (logits, *args))
+        ctx.save_for_backward(logits, *args[:5], *outputs[1:])
+        ctx.options = (*args[5:9], *args[10:])
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace_backward=True cannot be differentiated twice: its backward overwrites the logits"
+            )
+        logits, *rest = ctx.saved_tensors
+        gradient = logits.detach()
+        ops.mixupe_loss_backward_out_op(grad, gradient, *rest, *ctx.options, out=gradient)
+        # Whoever else saved the logits now gets autograd's error instead of a wrong gradient.
+        torch.autograd.graph.increment_version(logits)
+        return gradient, *[None] * 12
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace_backward must be False for logits that are a leaf: their values would be overwritten")
+    if logits.dim() != 2 or logits.stride(-1) != 1:
+        raise ValueError(
+            "inplace_backward must be False for logits that are not (N, C) with adjacent classes, got shape "
+            f"{tuple(logits.shape)} and strides {logits.stride()}"
         )
-    loss, loss_parts, *_ = ops._call(
-        ops.mixupe_loss_op, rows, *parts, eta, reg_weight, num_mixed, num_reg,
-        reference.PENALTIES.index(penalty), threshold, rescale, label_smoothing, sigmoid,
-    )  # fmt: skip
-    return loss, loss_parts
 
 
-def composed_loss(
-    rows, parts, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, label_smoothing, sigmoid
-) -> tuple[Tensor, Tensor]:
-    """The same loss as an expression over ``ce_entropy``: for penalties of the caller's own and learned targets."""
-    options = (None, label_smoothing, reference.IGNORE_INDEX, sigmoid)
-    ce, entropy, lse = ops._call(ops.ce_entropy_op, rows, *parts, *options)
-    kept = reference.kept_labels(*parts)
-    kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
-    first_reg = ce.shape[0] - num_reg
-    whole = kept[first_reg:] == 1
+class _Options(NamedTuple):
+    """Checked options of the loss."""
 
-    def mean(values: Tensor, count: Tensor) -> Tensor:
-        return torch.where(count > 0, values.sum() / count.clamp(min=1e-30), 0.0)
+    penalty: str | Callable[[Tensor], Tensor]
+    rescale: bool
+    threshold: float
+    label_smoothing: float
+    sigmoid: bool
+    inplace_backward: bool
 
-    mix_loss = mean(ce[:num_mixed], kept[:num_mixed].sum())
-    if penalty == "linear_detached":
-        # -(y - p)ᵀz with y - p constant has CE's gradient, and the value -q̂.
-        fixed = ops.Target(*(None if part is None else part.detach() for part in parts))
-        constant = ops._call(ops.ce_entropy_op, rows, *fixed, *options)
-        value = (
-            constant[0] - (constant[0] + reference.q_hat(*constant, fixed.target, sigmoid, label_smoothing)).detach()
+    @staticmethod
+    def check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward) -> "_Options":
+        if inplace_backward and callable(penalty):
+            raise ValueError("inplace_backward must be False with a penalty that is a function")
+        return _Options(
+            penalty if callable(penalty) else checks.choice("penalty", penalty, reference.PENALTIES),
+            bool(rescale),
+            _check_threshold(threshold),
+            checks.fraction("label_smoothing", label_smoothing),
+            checks.choice("activation", activation, ACTIVATIONS) == "sigmoid",
+            bool(inplace_backward),
         )
-        value = value[first_reg:]
-    else:
-        q = reference.q_hat(ce, entropy, lse, parts.target, sigmoid, label_smoothing)[first_reg:]
-        named = {"abs": torch.abs, "threshold": lambda q: torch.where(q >= threshold, torch.zeros_like(q), -q)}
-        value = named.get(penalty, penalty)(q)
-        if value.shape != q.shape:
-            raise ValueError(f"penalty must return one value for each of {tuple(q.shape)}, got {tuple(value.shape)}")
-    reg = reg_weight * mean(torch.where(whole, value, torch.zeros_like(value)), whole.sum().to(ce.dtype))
-    total = mix_loss + eta * reg
-    eta_hat = torch.ones_like(total)
-    if rescale:
-        eta_hat = torch.where(total == 0, eta_hat, mix_loss.abs() / total.abs()).detach()
-    return eta_hat * total, torch.stack([mix_loss, reg, eta_hat]).detach()
-
-
-def _check_penalty(penalty: str | Callable[[Tensor], Tensor]) -> str | Callable[[Tensor], Tensor]:
-    return penalty if callable(penalty) else checks.choice("penalty", penalty, reference.PENALTIES)
 
 
 def _check_threshold(threshold: float) -> float:
     return checks.number("threshold", threshold, "a number", lambda value: True)
+
+
+def _loss(
+    logits: Tensor, target: Tensor | tuple, eta: Tensor, options: _Options, q: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts), by one fused operator, or by the composition where a part of it is the caller's own."""
+    rows = ops.as_rows(logits)
+    parts = ops.as_target(target, logits)
+    if options.sigmoid:
+        ops.as_multilabel(parts)
+    num_mixed, num_reg, reg_weight = _count_rows(target, logits)
+    learned_target = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in parts)
+    if q is not None or callable(options.penalty) or learned_target:
+        return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
+    arguments = (
+        rows, *parts, eta, reg_weight, num_mixed, num_reg, reference.PENALTIES.index(options.penalty),
+        options.threshold, options.rescale, options.label_smoothing, options.sigmoid,
+    )  # fmt: skip
+    if options.inplace_backward:
+        _check_inplace(logits)
+        return ops.call(_InplaceLoss.apply, *arguments)
+    return ops.call(ops.mixupe_loss_op, *arguments)[:2]
+
+
+def composed_loss(
+    rows: Tensor,
+    target: ops.Target,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    options: _Options,
+    q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same loss as an expression over ``ce_entropy``: for penalties and q of the caller's own, and learned targets."""
+    row_options = (None, options.label_smoothing, reference.IGNORE_INDEX, options.sigmoid)
+    ce, entropy, lse = ops.call(ops.ce_entropy_op, rows, *target, *row_options)
+    kept = reference.kept_labels(*target)
+    kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
+    whole = kept[ce.shape[0] - num_reg :] == 1
+
+    def mean(values: Tensor, count: Tensor) -> Tensor:
+        return torch.where(count > 0, values.sum() / count.clamp(min=1e-30), 0.0)
+
+    def named_penalty(q: Tensor) -> Tensor:
+        if options.penalty == "abs":
+            return q.abs()
+        return torch.where(q >= options.threshold, 0.0, -q) if options.penalty == "threshold" else -q
+
+    if q is not None:
+        checks.tensor("q", q)
+        checks.shape("q", q, (q.numel(),))
+        checks.same_device("q", q, "logits", rows)
+        q, whole = q.to(ce.dtype), torch.ones_like(q, dtype=torch.bool)
+    elif options.penalty == "linear_detached":
+        # -(y - p)ᵀz with y - p constant has the value -q̂ and CE's gradient, but none in y.
+        fixed = ops.Target(*(None if part is None else part.detach() for part in target))
+        constant = ops.call(ops.ce_entropy_op, rows, *fixed, *row_options)
+        gap = reference.q_hat(*constant, fixed.target, options.sigmoid, options.label_smoothing) + constant[0]
+        q = (gap.detach() - constant[0])[ce.shape[0] - num_reg :]
+    else:
+        q = reference.q_hat(ce, entropy, lse, target.target, options.sigmoid, options.label_smoothing)
+        q = q[ce.shape[0] - num_reg :]
+    value = options.penalty(q) if callable(options.penalty) else named_penalty(q)
+    if value.shape != q.shape:
+        raise ValueError(f"penalty must return one value for each of {tuple(q.shape)}, got {tuple(value.shape)}")
+    mix_loss = mean(ce[:num_mixed], kept[:num_mixed].sum())
+    reg = reg_weight * mean(torch.where(whole, value, 0.0), whole.sum().to(ce.dtype))
+    total = mix_loss + eta * reg
+    eta_hat = torch.ones_like(total)
+    if options.rescale:
+        eta_hat = torch.where(total == 0, eta_hat, mix_loss.abs() / total.abs()).detach()
+    return eta_hat * total, torch.stack([mix_loss, reg, eta_hat]).detach()
 
 
 def mixupe_loss(
@@ -144,6 +216,7 @@ def mixupe_loss(
     threshold: float = 1.0,
     label_smoothing: float = 0.0,
     activation: str = "softmax",
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""The loss of MixupE: L = η̂ (L_mix + η R), R = w · mean penalty(q̂), as one fused forward and one fused backward.
 
@@ -164,6 +237,9 @@ def mixupe_loss(
         label_smoothing: in [0, 1]; of both terms.
         activation: ``"softmax"``, or ``"sigmoid"`` for multi-label models with floating-point labels, where
             cross-entropy is the sum over classes of the binary ones.
+        inplace_backward: write the gradient over the logits instead of into a new tensor: N·C elements less at the
+            peak. The logits hold their own gradient afterwards. Autograd refuses to go on if another operation needs
+            their values; leaves and second derivatives are refused here.
 
     Returns:
         0-d loss, float32 (float64 for float64 logits), differentiable any number of times in the logits, and in soft
@@ -173,11 +249,8 @@ def mixupe_loss(
         TypeError, ValueError: as :func:`ce_entropy`, and for an option that is not as stated.
     """
     checks.tensor("logits", logits)
-    sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
-    smoothing = checks.fraction("label_smoothing", label_smoothing)
-    penalty, threshold = _check_penalty(penalty), _check_threshold(threshold)
-    eta = _scalar("eta", eta, logits)
-    return _loss(logits, target, eta, penalty, threshold, rescale, smoothing, sigmoid)[0]
+    options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward)
+    return _loss(logits, target, _scalar("eta", eta, logits), options)[0]
 
 
 class MixupELoss(nn.Module):
@@ -185,12 +258,13 @@ class MixupELoss(nn.Module):
 
     Args:
         eta: η >= 0, the regularizer's strength; the paper uses 1e-4 to 0.1, mostly 1e-3. May be set between steps.
-        penalty, rescale, threshold, label_smoothing, activation: as for :func:`mixupe_loss`.
+        penalty, rescale, threshold, label_smoothing, activation, inplace_backward: as for :func:`mixupe_loss`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
 
-    Calling it with logits and a target returns the 0-d loss. ``last`` then holds ``mix_loss``, ``reg`` and ``eta_hat`` of
+    Calling it with logits and a target returns the 0-d loss. A third argument ``q`` (n,) takes the place of q̂:
+    :func:`exact_q` of the clean rows, which then need not be in the batch (``MixupE(regularize="mixed")`` adds none). ``last`` then holds ``mix_loss``, ``reg`` and ``eta_hat`` of
     that call as detached 0-d tensors on the device.
     """
 
@@ -203,15 +277,12 @@ class MixupELoss(nn.Module):
         threshold: float = 1.0,
         label_smoothing: float = 0.0,
         activation: str = "softmax",
+        inplace_backward: bool = False,
     ):
         super().__init__()
         self._eta: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.eta = eta
-        self.penalty = _check_penalty(penalty)
-        self.rescale = bool(rescale)
-        self.threshold = _check_threshold(threshold)
-        self.label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-        self.activation = checks.choice("activation", activation, ACTIVATIONS)
+        self.options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward)
         self._parts: Tensor | None = None
 
     @property
@@ -230,17 +301,14 @@ class MixupELoss(nn.Module):
         """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first."""
         return None if self._parts is None else LossParts(*self._parts[:3].unbind())
 
-    def forward(self, logits: Tensor, target: Tensor | tuple) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
         checks.tensor("logits", logits)
         key = (logits.device, reference.accumulate_dtype(logits.dtype))
         eta = self._eta.get(key)
         if eta is None:
             eta = self._eta[key] = _scalar("eta", self._eta_value, logits)
-        sigmoid = self.activation == "sigmoid"
-        loss, self._parts = _loss(
-            logits, target, eta, self.penalty, self.threshold, self.rescale, self.label_smoothing, sigmoid
-        )
+        loss, self._parts = _loss(logits, target, eta, self.options, q)
         return loss
 
     def extra_repr(self) -> str:
-        return f"eta={self.eta:g}, penalty={self.penalty!r}, rescale={self.rescale}"
+        return f"eta={self.eta:g}, penalty={self.options.penalty!r}, rescale={self.options.rescale}"

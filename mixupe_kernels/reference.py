@@ -247,7 +247,7 @@ def kept_labels(target: Tensor, partner: Tensor | None, lam: Tensor | None) -> T
     if partner is None:
         return own.to(torch.float32)
     other = partner != IGNORE_INDEX
-    return torch.where(own & other, 1.0, own * lam.float() + other * (1 - lam.float()))
+    return torch.where(own & other, 1.0, own * lam + other * (1 - lam))
 
 
 def q_hat(
@@ -281,6 +281,29 @@ def mixupe_loss(
     both means, and a mean over no rows is 0.
     """
     ce, entropy, lse = ce_entropy(logits, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid)
+    rows = (ce, entropy, lse)
+    options = (num_mixed, num_reg, penalty, threshold, rescale, label_smoothing, sigmoid)
+    return *loss_of_rows(*rows, target, partner, lam, eta, reg_weight, *options), *rows
+
+
+def loss_of_rows(
+    ce: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int,
+    threshold: float,
+    rescale: bool,
+    label_smoothing: float,
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts) of rows whose CE, H and lse are known."""
     q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
     kept = kept_labels(target, partner, lam)
     kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
@@ -295,7 +318,7 @@ def mixupe_loss(
     total = mix_loss + eta.to(ce.dtype) * reg
     eta_hat = torch.where(total == 0, 1.0, mix_loss.abs() / total.abs()) if rescale else torch.ones_like(total)
     loss = (eta_hat * total).to(ce.dtype)
-    return loss, torch.stack([mix_loss, reg, eta_hat.to(ce.dtype), per_mix, per_reg]), ce, entropy, lse
+    return loss, torch.stack([mix_loss, reg, eta_hat.to(ce.dtype), per_mix, per_reg])
 
 
 def loss_coefficients(

@@ -52,7 +52,8 @@ def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0):
     """|actual - truth| may be ``factor`` times the error of ``peer``, which is PyTorch in the same dtype, plus a few ulps
     of the largest value; infinities and NaN must be where the truth has them."""
     assert actual.shape == truth.shape and actual.dtype == peer.dtype
-    eps = torch.finfo(actual.dtype).eps
+    # In float64 the truth is itself an order of summation, no better than another: allow what sums of 21841 terms lose.
+    eps = torch.finfo(actual.dtype).eps * (32 if actual.dtype == torch.float64 else 1)
     actual, peer, finite = actual.double(), peer.double(), truth.isfinite()
     assert torch.equal(actual.isnan(), truth.isnan()), "NaN where there should be none, or the reverse"
     assert torch.equal(actual[truth.isinf()], truth[truth.isinf()])

@@ -127,3 +127,35 @@ def test_sigmoid_refuses_class_indices(target):
 def test_targets_are_checked(target, change, error, message):
     with pytest.raises(error, match=message):
         mk.mixupe_loss(torch.randn(8, 5), target._replace(**change), eta=0.1)
+
+
+def test_inplace_backward_writes_over_the_logits(target):
+    weight = torch.randn(5, 5, requires_grad=True)
+    x = torch.randn(8, 5)
+    expected_logits = x @ weight
+    (expected,) = torch.autograd.grad(mk.mixupe_loss(expected_logits, target, eta=0.3), weight)
+    logits = x @ weight
+    loss = mk.MixupELoss(eta=0.3, inplace_backward=True)(logits, target)
+    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    assert torch.equal(gradient, expected)
+    expected_dz = torch.autograd.grad(mk.mixupe_loss(expected_logits, target, eta=0.3), expected_logits)[0]
+    assert torch.equal(logits, expected_dz)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_backward_is_refused_where_it_would_be_wrong(target):
+    leaf = torch.randn(8, 5, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace_backward must be False for logits that are a leaf"):
+        mk.mixupe_loss(leaf, target, eta=0.3, inplace_backward=True)
+    with pytest.raises(ValueError, match="inplace_backward must be False for logits that are not"):
+        mk.mixupe_loss((leaf * 2).t().contiguous().t(), target, eta=0.3, inplace_backward=True)
+    with pytest.raises(ValueError, match="inplace_backward must be False with a penalty that is a function"):
+        mk.mixupe_loss(leaf * 2, target, eta=0.3, inplace_backward=True, penalty=torch.abs)
+    loss = mk.mixupe_loss(leaf * 2, target, eta=0.3, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    saved = leaf.exp()  # exp keeps its output for its own backward
+    loss = mk.mixupe_loss(saved, target, eta=0.3, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

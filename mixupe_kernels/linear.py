@@ -1,0 +1,158 @@
+"""Classifier and loss as one: for large C the (N, C) logits never exist at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, ops, reference
+from .loss import ACTIVATIONS, _check_threshold, _count_rows, _scalar
+
+# Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
+# speed, small beside any model.
+_CHUNK_ELEMENTS = 2**24
+
+
+def _chunks(rows: int, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+def _of_chunk(target: ops.Target, chunk: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if part is None else part[chunk] for part in target)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden @ weightᵀ + bias into the first rows of ``out``, the one buffer that every chunk uses."""
+    out = out[: hidden.shape[0]]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, partner, lam, eta, reg_weight, dtype, chunk_rows, options):
+        target = ops.Target(target, partner, lam)
+        *_, smoothing, sigmoid = options
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        count, classes = hidden.shape[0], weight.shape[0]
+        buffer = hidden.new_empty((min(chunk_rows, count), classes), dtype=dtype)
+        rows = hidden.new_empty((3, count), dtype=reference.accumulate_dtype(dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in _chunks(count, chunk_rows):
+                logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
+                row_options = (None, smoothing, reference.IGNORE_INDEX, sigmoid)
+                outputs = ops.call(ops.ce_entropy_op, logits, *_of_chunk(target, chunk), *row_options)
+                for row, output in zip(rows, outputs, strict=True):
+                    row[chunk] = output
+        loss, parts = reference.loss_of_rows(*rows, *target, eta, reg_weight, *options)
+        ctx.save_for_backward(hidden, weight, bias, *target, eta, reg_weight, parts, rows)
+        ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, options
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_mixupe_loss is differentiable once: for create_graph=True use mixupe_loss of the logits"
+            )
+        hidden, weight, bias, target, partner, lam, eta, reg_weight, parts, rows = ctx.saved_tensors
+        target = ops.Target(target, partner, lam)
+        num_mixed, num_reg, penalty, threshold, _, smoothing, sigmoid = ctx.options
+        coefficients = reference.loss_coefficients(
+            grad, *target, eta, reg_weight, parts, *rows,
+            num_mixed, num_reg, penalty, threshold, smoothing, sigmoid,
+        )  # fmt: skip
+        _, entropy, lse = rows
+        matrix, offset = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        buffer = hidden.new_empty((min(ctx.chunk_rows, hidden.shape[0]), weight.shape[0]), dtype=ctx.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Sums over chunks are float32 (float64), whatever the logits are.
+        wide = reference.accumulate_dtype(ctx.dtype)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        for chunk in _chunks(hidden.shape[0], ctx.chunk_rows):
+            inputs = hidden[chunk].to(ctx.dtype)
+            logits = _logits(inputs, matrix, offset, buffer)
+            dz = ops.ce_entropy_backward_op(
+                *(c[chunk] for c in coefficients), logits, entropy[chunk], lse[chunk], *_of_chunk(target, chunk),
+                None, smoothing, reference.IGNORE_INDEX, sigmoid,
+            )  # fmt: skip
+            if needs_hidden:
+                d_hidden[chunk] = dz @ matrix
+            if needs_weight:
+                d_weight += dz.t() @ inputs
+            if needs_bias:
+                d_bias += dz.sum(0, dtype=wide)
+        if needs_weight:
+            d_weight = d_weight.to(weight.dtype)
+        if needs_bias:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, *[None] * 8
+
+
+def linear_mixupe_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | tuple,
+    *,
+    bias: Tensor | None = None,
+    eta: float | Tensor,
+    penalty: str = "abs",
+    rescale: bool = True,
+    threshold: float = 1.0,
+    label_smoothing: float = 0.0,
+    activation: str = "softmax",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """``mixupe_loss(hidden @ weight.T + bias, target, ...)`` without the (N, C) logits in memory.
+
+    Logits are made, used and dropped ``chunk_rows`` rows at a time, in the forward and again in the backward. Beside the
+    gradients, peak extra memory is 2·chunk_rows·C elements of the logits' dtype (a chunk and its gradient) and, where
+    the logits are bfloat16 or float16, a copy of ``weight`` and float32 sums of its gradient.
+
+    Args:
+        hidden: (N, D), floating point.
+        weight: (C, D), as of ``torch.nn.Linear``.
+        target: as for :func:`mixupe_loss`.
+        bias: (C,) or None.
+        eta, penalty, rescale, threshold, label_smoothing, activation: as for :func:`mixupe_loss`; penalties by name only.
+        chunk_rows: rows of logits at a time, >= 1; as many as make 2^24 elements if None.
+
+    Returns:
+        0-d loss, differentiable once in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        TypeError, ValueError: as :func:`mixupe_loss`, and for shapes that do not match.
+    """
+    checks.tensor("hidden", hidden)
+    checks.tensor("weight", weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (N, D) and weight (C, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    checks.same_device("weight", weight, "hidden", hidden)
+    classes = weight.shape[0]
+    if bias is not None:
+        checks.shape("bias", bias, (classes,))
+    if chunk_rows is None:
+        chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
+    sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
+    smoothing = checks.fraction("label_smoothing", label_smoothing)
+    penalty = checks.choice("penalty", penalty, reference.PENALTIES)
+    # An expanded scalar stands for the logits in the checks: their shape, dtype and device, and no memory.
+    probe = F.linear(hidden[:0], weight, bias)
+    like = probe.new_empty(()).expand(hidden.shape[0], classes)
+    rows_target = ops.as_target(target, like)
+    if sigmoid:
+        ops.as_multilabel(rows_target)
+    num_mixed, num_reg, reg_weight = _count_rows(target, like)
+    options = (
+        num_mixed, num_reg, reference.PENALTIES.index(penalty), _check_threshold(threshold), bool(rescale),
+        smoothing, sigmoid,
+    )  # fmt: skip
+    return _LinearLoss.apply(
+        hidden, weight, bias, *rows_target, _scalar("eta", eta, like), reg_weight, like.dtype,
+        checks.positive_int("chunk_rows", chunk_rows), options,
+    )[0]  # fmt: skip

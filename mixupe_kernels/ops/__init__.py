@@ -1,0 +1,40 @@
+"""``torch.ops.mixupe.*`` and the public functions over them. Importing this declares every operator."""
+
+from .losses import (
+    BCEEntropy,
+    CEEntropy,
+    Target,
+    as_multilabel,
+    as_rows,
+    as_target,
+    bce_entropy,
+    ce_entropy,
+    ce_entropy_backward_op,
+    ce_entropy_op,
+    mixupe_loss_backward_out_op,
+    mixupe_loss_op,
+)
+from .mixing import check_out, mix, mix_op, mix_out_op
+from .registration import below_autograd, call, operators
+
+__all__ = [
+    "BCEEntropy",
+    "CEEntropy",
+    "Target",
+    "as_multilabel",
+    "as_rows",
+    "as_target",
+    "bce_entropy",
+    "below_autograd",
+    "call",
+    "ce_entropy",
+    "ce_entropy_backward_op",
+    "ce_entropy_op",
+    "check_out",
+    "mix",
+    "mix_op",
+    "mix_out_op",
+    "mixupe_loss_backward_out_op",
+    "mixupe_loss_op",
+    "operators",
+]

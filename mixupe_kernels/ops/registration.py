@@ -1,0 +1,66 @@
+"""How an operator is declared: its schema once, the reference for every device, its fake, its autograd.
+
+The reference is registered for every device, so that each operator exists with nothing compiled; ``backends`` adds faster
+kernels under the same names and the dispatcher picks one.
+
+Autograd is registered as a plain ``torch.autograd.Function`` on the Autograd key: ``torch.library.register_autograd``
+does the same at twice the cost a call (66 against 32 µs for a forward and backward of three small outputs, torch 2.13).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+
+library = torch.library.Library("mixupe", "DEF")
+
+
+def define(schema: str, fake: Callable | None = None) -> Callable:
+    """Declare an operator whose reference is the function of the same name; return its overload."""
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"mixupe::{name}", fake, lib=library)
+    return getattr(torch.ops.mixupe, name).default
+
+
+def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Register ``function`` on the Autograd key of its ``operator``."""
+    operator = function.operator
+    name = operator._schema.name.split("::")[1]
+    # The dispatcher drops trailing arguments that equal their defaults; backward counts on all of them.
+    defaults = [argument.default_value for argument in operator._schema.arguments]
+
+    def kernel(*args):
+        args = (*args, *defaults[len(args) :])
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return function.apply(*args)
+        return below_autograd(operator, args)
+
+    library.impl(name, kernel, "Autograd")
+    return function
+
+
+def below_autograd(operator: Callable, args: tuple) -> Any:
+    """The operator's kernel itself, for use inside its ``torch.autograd.Function``."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def call(operator: Callable, *args) -> Any:
+    """``operator(*args)``, with a compiled backend's complaint about a tensor's values as the ValueError it stands for."""
+    try:
+        return operator(*args)
+    except RuntimeError as error:
+        raise checks.translate(error) from None
+
+
+def operators() -> dict[str, list[str]]:
+    """The name of each operator with the names of its reference's parameters: what a backend has to provide."""
+    names = [name for name in vars(torch.ops.mixupe) if callable(getattr(reference, name, None))]
+    return {name: list(inspect.signature(getattr(reference, name)).parameters) for name in names}
