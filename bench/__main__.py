@@ -10,6 +10,7 @@ COMMANDS = {
     "step": ("bench.step", "the time of a whole training step, per model and policy, against mixup"),
     "quality": ("bench.quality", "test error per policy at equal epochs and at equal time, on tabular data"),
     "demo": ("bench.demo", "train the paper's tabular network on two data sets: one table, one picture"),
+    "report": ("bench.report", "copy the figures of bench/results into the README"),
     "aot": ("bench.aot", "compile every Triton kernel ahead of time and report its registers"),
 }
 

@@ -51,6 +51,8 @@ def _scalar(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.requires_grad:
             raise ValueError(f"{name} must not require a gradient: the loss is not differentiable in it")
+        if value.dtype is compute and value.device == logits.device:
+            return value
         return value.to(logits.device, compute, non_blocking=True)
     return torch.full((), checks.non_negative(name, value), dtype=compute, device=logits.device)
 

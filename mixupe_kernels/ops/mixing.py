@@ -77,10 +77,7 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
     if out is None:
         return call(mix_op, x, partner, lam)
     check_out(out, x.shape, x)
-    try:
-        mix_out_op(x, partner, lam, out=out)
-    except RuntimeError as error:
-        raise checks.translate(error) from None
+    call(mix_out_op, x, partner, lam, out=out)
     return out
 
 
@@ -139,10 +136,10 @@ class _Mix(torch.autograd.Function):
             weight = lam.expand(count)
             order, offsets = _transpose(torch.cat([own, other]), x.shape[0])
             weight = torch.cat([weight, 1 - weight])[order]
-            dx = gather_sum_op(grad, sequence.repeat(2)[order], weight, offsets).to(x.dtype)
+            dx = call(gather_sum_op, grad, sequence.repeat(2)[order], weight, offsets).to(x.dtype)
         if ctx.needs_input_grad[2]:
             grad = grad.to(x.dtype)
-            dlam = row_dot_op(grad, x, sequence, own) - row_dot_op(grad, x, sequence, other)
+            dlam = call(row_dot_op, grad, x, sequence, own) - call(row_dot_op, grad, x, sequence, other)
             dlam = dlam if lam.dim() else dlam.sum()
         return dx, None, dlam, None, None, None, None, None
 
@@ -176,9 +173,9 @@ class _GatherSum(torch.autograd.Function):
         dsrc = dweight = None
         if ctx.needs_input_grad[0]:
             order, transposed = _transpose(index, src.shape[0])
-            dsrc = gather_sum_op(grad, segment[order], weight[order], transposed)
+            dsrc = call(gather_sum_op, grad, segment[order], weight[order], transposed)
         if ctx.needs_input_grad[2]:
-            dweight = row_dot_op(grad, src, segment, index)
+            dweight = call(row_dot_op, grad, src, segment, index)
         return dsrc, None, dweight, None
 
 
@@ -201,7 +198,7 @@ class _RowDot(torch.autograd.Function):
         ):
             if needed:
                 order, offsets = _transpose(own, rows)
-                gradients.append(gather_sum_op(other, other_index[order], grad[order], offsets))
+                gradients.append(call(gather_sum_op, other, other_index[order], grad[order], offsets))
             else:
                 gradients.append(None)
         return *gradients, None, None

@@ -29,6 +29,10 @@ def define(schema: str, fake: Callable | None = None) -> Callable:
     return getattr(torch.ops.mixupe, name).default
 
 
+# Operator → its kernel for the Autograd key.
+_kernels: dict[Callable, Callable] = {}
+
+
 def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Register ``function`` on the Autograd key of its ``operator``."""
     operator = function.operator
@@ -43,6 +47,7 @@ def differentiable(function: type[torch.autograd.Function]) -> type[torch.autogr
         return below_autograd(operator, args)
 
     library.impl(name, kernel, "Autograd")
+    _kernels[operator] = kernel
     return function
 
 
@@ -52,10 +57,15 @@ def below_autograd(operator: Callable, args: tuple) -> Any:
         return operator(*args)
 
 
-def call(operator: Callable, *args) -> Any:
-    """``operator(*args)``, with a compiled backend's complaint about a tensor's values as the ValueError it stands for."""
+def call(operator: Callable, *args, **kwargs) -> Any:
+    """``operator(*args)``, with a compiled backend's complaint about a tensor's values as the ValueError it stands for.
+
+    In eager mode the Autograd kernel is called as the Python function it is: the dispatcher would pass every argument
+    to C++ and back to get there (a forward and backward of mixupe_loss on 256 rows: 200 µs so, 140 µs directly).
+    """
+    kernel = operator if torch.compiler.is_compiling() else _kernels.get(operator, operator)
     try:
-        return operator(*args)
+        return kernel(*args, **kwargs)
     except RuntimeError as error:
         raise checks.translate(error) from None
 
