@@ -1,9 +1,13 @@
 """Timing on a machine that is shared and noisy: contenders take turns, and only ratios within a turn are compared."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
+
+import torch
 
 
 class Ratio(NamedTuple):
@@ -19,7 +23,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender takes, one figure a round; the order turns by one each round.
 
-    A round repeats each contender until ``min_seconds`` have passed, so that the clock's grain does not show.
+    A round repeats each contender until ``min_seconds`` have passed, so that the clock's grain does not show. A short
+    call opens its turn untimed: the contender before it has left the caches and the heap in its own state, which made a
+    0.1 ms call up to three times as slow.
     """
     names = list(contenders)
     repeats = {}
@@ -33,6 +39,8 @@ def interleave(
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = contenders[name], repeats[name]
+            if count > 1:
+                call()
             begin = time.perf_counter()
             for _ in range(count):
                 call()
@@ -43,5 +51,179 @@ def interleave(
 def ratio(times: list[float], base: list[float]) -> Ratio:
     """``times`` over ``base``, round by round."""
     ratios = [a / b for a, b in zip(times, base, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, median, high = quartiles(ratios)
     return Ratio(median, low, high)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, median, high
+
+
+# On a device ----------------------------------------------------------------------------------------------------------
+
+
+class Contender(NamedTuple):
+    """One call for each of the rotating buffers, and what the calls have to run in (a backend switched on)."""
+
+    calls: list[Callable[[], object]]
+    context: Callable[[], AbstractContextManager]
+
+
+class Figures(NamedTuple):
+    """Seconds a call, one figure a round: between graph replays (empty without a graph), in a stream, on the host."""
+
+    kernel: list[float]
+    stream: list[float]
+    enqueue: list[float]
+
+
+class CudaTimer:
+    """The three figures on the current CUDA device, of calls that rotate over buffers larger than its L2."""
+
+    # Calls in a row for the stream and host figures: eager's 40 launches a call stay within the 1024 that a stream
+    # queues, beyond which the host waits and its figure would be the device's.
+    stream_calls = 16
+
+    def __init__(self):
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.cold_bytes = 4 * properties.L2_cache_size
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def capture(self, calls: list[Callable[[], object]], pool: object) -> Callable[[], object]:
+        """A CUDA graph of all calls; their results stay alive, so that writes rotate over buffers too.
+
+        Graphs of one ``pool`` share the memory of what they free: they replay one after the other, and each writes
+        its temporaries before it reads them.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            results = [call() for call in calls]
+
+        def replay() -> list[object]:
+            graph.replay()
+            return results
+
+        return replay
+
+    def pool(self) -> object:
+        return torch.cuda.graph_pool_handle()
+
+    def time(self, calls: list[Callable[[], object]]) -> tuple[float, float]:
+        """(seconds on the device, seconds on the host until the last call was issued), of all calls together."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        host = time.perf_counter()
+        begin.record()
+        for call in calls:
+            call()
+        host = time.perf_counter() - host
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, host
+
+    def launches(self, call: Callable[[], object]) -> int:
+        """Kernels, copies and fills that one call puts on the device."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        # torch.compile annotates its regions, and annotations show on the device's timeline too.
+        return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Memory that one call holds at most, its results included."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def clear(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class HostTimer:
+    """Stands in for CudaTimer where a dry run walks the same path without a device; its figures mean nothing."""
+
+    stream_calls = 1
+    cold_bytes = 1 << 12
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, calls: list[Callable[[], object]], pool: object) -> Callable[[], object]:
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return replay
+
+    def pool(self) -> object:
+        return None
+
+    def time(self, calls: list[Callable[[], object]]) -> tuple[float, float]:
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        seconds = time.perf_counter() - begin
+        return seconds, seconds
+
+    def launches(self, call: Callable[[], object]) -> None:
+        call()
+
+    def peak_bytes(self, call: Callable[[], object]) -> None:
+        call()
+
+    def clear(self) -> None:
+        gc.collect()
+
+
+def interleave_on_device(
+    timer: CudaTimer | HostTimer,
+    contenders: dict[str, Contender],
+    rounds: int,
+    failed: Callable[[str, Exception], None],
+    min_seconds: float = 4e-3,
+) -> dict[str, Figures]:
+    """The three figures of each contender; the order turns by one each round.
+
+    A contender whose calls cannot be captured in a graph is reported to ``failed`` and has no kernel figure; the rest
+    of its figures stand.
+    """
+    pool, replays, figures = timer.pool(), {}, {}
+    for name, (calls, context) in contenders.items():
+        figures[name] = Figures([], [], [])
+        try:
+            with context():
+                replay = timer.capture(calls, pool)
+                once, _ = timer.time([replay])
+            replays[name] = [replay] * max(1, min(round(min_seconds / max(once, 1e-9)), 100))
+        except Exception as error:  # whatever a library's capture raises
+            failed(name, error)
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            calls, context = contenders[name]
+            row = [calls[index % len(calls)] for index in range(timer.stream_calls)]
+            with context():
+                if name in replays:
+                    seconds, _ = timer.time(replays[name])
+                    figures[name].kernel.append(seconds / len(replays[name]) / len(calls))
+                row[0]()
+                seconds, host = timer.time(row)
+            figures[name].stream.append(seconds / len(row))
+            figures[name].enqueue.append(host / len(row))
+    return figures

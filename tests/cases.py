@@ -48,9 +48,9 @@ def to_double(values):
     return tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
 
 
-def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0):
+def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0, floor=0.0):
     """|actual - truth| may be ``factor`` times the error of ``peer``, which is PyTorch in the same dtype, plus a few ulps
-    of the largest value; infinities and NaN must be where the truth has them."""
+    of the largest value (or of ``floor``, if that is larger); infinities and NaN must be where the truth has them."""
     assert actual.shape == truth.shape and actual.dtype == peer.dtype
     # In float64 the truth is itself an order of summation, no better than another: allow what sums of 21841 terms lose.
     eps = torch.finfo(actual.dtype).eps * (32 if actual.dtype == torch.float64 else 1)
@@ -60,5 +60,5 @@ def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0):
     if not bool(finite.any()):
         return
     error, peer_error = ((x - truth)[finite].abs().max() for x in (actual, peer))
-    bound = factor * peer_error + ulps * eps * truth[finite].abs().max()
+    bound = factor * peer_error + ulps * eps * truth[finite].abs().max().clamp(min=floor)
     assert error <= bound, f"error {error:.3g}, PyTorch's own {peer_error:.3g}, bound {bound:.3g}"

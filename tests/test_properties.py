@@ -32,4 +32,5 @@ def test_ce_entropy_anywhere(rows, classes, scale, shift, kind, dtype, data_seed
     truth = reference.ce_entropy(logits.double(), *to_double(target))
     peer = reference.ce_entropy(logits, *target)
     for output, expected, torchs in zip(ops.ce_entropy(logits, *target), truth, peer, strict=True):
-        assert_accurate(output, expected, torchs, ulps=8)
+        # The floor: with p near 1, CE and H are log(1 + tiny), which one ulp of 1 bounds.
+        assert_accurate(output, expected, torchs, ulps=8, floor=1.0)

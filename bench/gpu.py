@@ -1,0 +1,308 @@
+"""``python -m bench gpu``: the GPU tests, then the operators on this machine's GPU against the copy rate and peers.
+
+Three figures each: ``seconds``, the kernel figure, by replaying a CUDA graph of calls that rotate over buffers larger
+than the L2 cache; the same calls in a stream; and the host's time to issue one. ``--dry-run`` walks the whole path on a
+CPU, at small sizes under Triton's interpreter: every case built, every contender checked, all files and pictures
+written; its figures mean nothing and are marked so.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import mixupe_kernels as mk
+
+from . import results, run, workloads
+from .cases import GPU_CASES, Case, Row, Verdict
+from .timing import Contender, CudaTimer, Figures, HostTimer, interleave_on_device, quartiles, ratio
+
+ROOT = Path(__file__).parents[1]
+TESTS, TEST_PROCESSES = "tests/test_gpu.py", 8
+DRY = "dry run: figures mean nothing"
+BUDGET_SECONDS, TEST_SECONDS = 480, 240  # of nine minutes, the rest is for files and pictures
+MAX_COPIES = 64  # of a case's inputs
+# The reference holds some ten float32 tensors of the logits' size: beyond this floor it is left out.
+REFERENCE_BYTES = 1 << 30
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+
+
+def gpu_backends(dry: bool) -> list[str]:
+    """Backends that serve CUDA tensors here; in a dry run those that can stand in for them."""
+    names = ("triton", "reference") if dry else ("triton", "cuda", "reference")
+    return [name for name in names if name in mk.available_backends()]
+
+
+def device_facts(dry: bool) -> dict[str, object]:
+    """The device, driver and versions that figures belong to."""
+    facts = results.machine_facts()
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    facts |= {"host": facts["device"], "triton": triton, "backends": ", ".join(gpu_backends(dry))}
+    if dry:
+        return facts | {"device": "dry run"}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    facts |= {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv"]
+        facts["nvidia_smi"] = subprocess.run(query, check=False, capture_output=True, text=True).stdout.strip()
+    return facts
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment() -> dict[str, str]:
+    """Ours, with the repository's root on Python's path: the package need not be installed."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def run_logged(commands: Sequence[list[str]], logs: Sequence[Path], seconds: float) -> list[int]:
+    """Run the commands side by side from the repository's root, the output of each in its log.
+
+    Their exit statuses; 124 for one that was stopped because it took too long.
+    """
+    deadline, statuses = time.monotonic() + seconds, []
+    with contextlib.ExitStack() as files:
+        processes = []
+        for command, log in zip(commands, logs, strict=True):
+            file = files.enter_context(log.open("w"))
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file))
+        for process in processes:
+            try:
+                statuses.append(process.wait(max(deadline - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                statuses.append(124)
+    return statuses
+
+
+def gpu_tests(directory: Path) -> tuple[str, bool]:
+    """Run ``pytest -m gpu``; (what came of it, whether all passed). Everything pytest said is in tests.txt.
+
+    Triton compiles a kernel for every shape and dtype: one process took minutes for that alone, so the tests are dealt
+    out to several.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider"]
+    collect = subprocess.run(
+        [*pytest, "--collect-only", TESTS], check=False, cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    tests = [text for text in collect.stdout.splitlines() if text.startswith(f"{TESTS}::")]
+    if not tests:
+        (directory / "tests.txt").write_text(collect.stdout + collect.stderr)
+        return "no tests were found, see tests.txt", False
+    count = max(1, min(TEST_PROCESSES, (os.cpu_count() or 1) // 2))
+    logs = [directory / f"tests-{index}.txt" for index in range(count)]
+    statuses = run_logged([[*pytest, *tests[index::count]] for index in range(count)], logs, TEST_SECONDS)
+    said = [log.read_text().strip() for log in logs]
+    (directory / "tests.txt").write_text("\n\n".join(said) + "\n")
+    for log in logs:
+        log.unlink()
+    outcome = collections.Counter()
+    for text in said:
+        for number, what in re.findall(
+            r"(\d+) (passed|failed|skipped|errors?)\b", text.splitlines()[-1] if text else ""
+        ):
+            outcome[what.removesuffix("s") if what.startswith("error") else what] += int(number)
+    stopped = statuses.count(124)
+    summary = ", ".join(f"{number} {what}" for what, number in sorted(outcome.items()))
+    return summary + (f"; {stopped} of {count} processes stopped at {TEST_SECONDS} s" if stopped else ""), not any(
+        statuses
+    )
+
+
+def sanitize(directory: Path) -> dict[str, str]:
+    """Every case's kernels once, small, under each tool of compute-sanitizer: tool -> what came of it."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"compute-sanitizer": "not on the PATH"}
+    outcome = {}
+    for tool in SANITIZERS:
+        log = directory / f"{tool}.txt"
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench", "gpu"]
+        (status,) = run_logged([[*command, "--once"]], [log], TEST_SECONDS)
+        summary = [text for text in log.read_text().splitlines() if "SUMMARY" in text]
+        outcome[tool] = f"exit status {status}; {' '.join(summary)}"
+    return outcome
+
+
+def run_once(device: str) -> int:
+    """Each case at small size, once on each of our backends, checked: what the sanitizers watch."""
+    status = 0
+    for case in GPU_CASES:
+        names = gpu_backends(device == "cpu")
+        workload = workloads.build(case, device, names, compiler=lambda function: function, dry=True)
+        ours = workload._replace(calls={name: workload.calls[name] for name in names})
+        rows = {name: Row(case.label, name) for name in names}
+        run.checked(ours, rows)
+        for row in rows.values():
+            print(f"{row.case:44} {row.provider:10} {row.note or f'deviation {row.error:.1e}'}", flush=True)
+            status |= bool(row.note)
+    return status
+
+
+def contenders_of(
+    workload: workloads.Workload, calls: dict[str, Callable], timer: CudaTimer | HostTimer
+) -> dict[str, Contender]:
+    """The calls over as many copies of the inputs as make reads and writes miss the L2 cache."""
+    each = workloads.size_of(workload.inputs) + workload.bytes_moved // 3
+    count = min(max(-(-timer.cold_bytes // each), 2), MAX_COPIES)
+    sets = workloads.copies(workload.inputs, count)
+    return {
+        provider: Contender(
+            [functools.partial(call, inputs) for inputs in sets],
+            functools.partial(workloads.backend_context, provider),
+        )
+        for provider, call in calls.items()
+    }
+
+
+def fill(row: Row, figures: Figures, ours: Figures | None) -> None:
+    """The figures of one contender, and its speedup: by the kernel figure where both have one, else by the stream's."""
+    if figures.kernel:
+        row.seconds_low, row.seconds, row.seconds_high = quartiles(figures.kernel)
+        row.bytes_per_second = row.bytes_moved / row.seconds
+    row.stream_seconds = statistics.median(figures.stream)
+    row.enqueue_seconds = statistics.median(figures.enqueue)
+    if ours is None:
+        return
+    if figures.kernel and ours.kernel:
+        row.speedup, row.speedup_low, row.speedup_high = ratio(figures.kernel, ours.kernel)
+    else:
+        row.speedup, row.speedup_low, row.speedup_high = ratio(figures.stream, ours.stream)
+        row.note = f"speedup by the stream figure; {row.note}"
+
+
+def measure(case: Case, timer: CudaTimer | HostTimer, device: str, rounds: int, compiler: Callable) -> list[Row]:
+    """Check and time every contender of one case; ours, the first backend, is what speedups are over."""
+    dry = isinstance(timer, HostTimer)
+    names = gpu_backends(dry)
+    torch._dynamo.reset()
+    workload = workloads.build(case, device, names, compiler, dry)
+    if workload.bytes_moved > REFERENCE_BYTES and len(names) > 1:
+        workload.calls.pop("reference")
+    rows = {name: Row(case.label, name, bytes_moved=workload.bytes_moved) for name in workload.calls}
+
+    def failed(provider: str, error: Exception) -> None:
+        rows[provider].note = f"no graph: {run.failure(error)}"
+
+    with torch.set_grad_enabled(workload.needs_grad):
+        contenders = contenders_of(workload, run.checked(workload, rows), timer)
+        for provider, (calls, context) in list(contenders.items()):
+            try:
+                with context():
+                    calls[0]()  # outside the counts: first calls compile and allocate
+                    rows[provider].launches = timer.launches(calls[0])
+                    rows[provider].peak_bytes = timer.peak_bytes(calls[0])
+            except Exception as error:  # out of memory say
+                rows[provider].note = run.failure(error)
+                del contenders[provider]
+        figures = interleave_on_device(timer, contenders, rounds, failed)
+    for provider, figure in figures.items():
+        fill(rows[provider], figure, figures.get(names[0]))
+    return list(rows.values())
+
+
+def measure_all(
+    cases: Sequence[Case], timer: CudaTimer | HostTimer, device: str, rounds: int, deadline: float
+) -> tuple[list[Row], list[Verdict]]:
+    """All rows and verdicts; cases that the deadline leaves out are recorded as not run."""
+    dry = isinstance(timer, HostTimer)
+    compiler = functools.partial(torch.compile, backend="aot_eager") if dry else torch.compile
+    ceilings, rows, verdicts = {}, [], []
+    if importlib.util.find_spec("triton"):
+        from . import peaks
+
+        rows = peaks.ceilings(timer, device, rounds, dry)
+        ceilings = {row.provider: row.bytes_per_second for row in rows}
+        for row in rows:
+            if dry:
+                row.note = f"{DRY}; {row.note}"
+            else:
+                print(run.line(row), flush=True)
+    ours = gpu_backends(dry)[0]
+    for case in cases:
+        if time.monotonic() > deadline:
+            new = [Row(case.label, ours, note="not run: out of time")]
+        else:
+            try:
+                new = measure(case, timer, device, rounds, compiler)
+            except Exception as error:  # a case that cannot even be built, for memory say
+                new = [Row(case.label, ours, note=run.failure(error))]
+        timer.clear()
+        by_provider = {row.provider: row for row in new}
+        case_verdicts = run.judge(case, by_provider, ours, ceilings)
+        for row in new:
+            print(run.line(row, dry), flush=True)
+        if dry:
+            for record in new:
+                record.note = f"{DRY}; {record.note}".removesuffix("; ")
+            for verdict in case_verdicts:
+                verdict.measured = verdict.met = None
+        rows, verdicts = rows + new, verdicts + case_verdicts
+    return rows, verdicts
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--dry-run", action="store_true", help="the whole path on a CPU, at small sizes, no figures")
+    parser.add_argument("--no-tests", action="store_true", help="skip pytest -m gpu")
+    parser.add_argument("--sanitize", action="store_true", help="also run the kernels under compute-sanitizer")
+    parser.add_argument("--once", action="store_true", help="only run every case's kernels once, small, and check them")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, help="where results go; bench/results/<device> if not given")
+    options = parser.parse_args(arguments)
+    if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable when it is imported, so a process of its own has to start with it.
+        interpreted = {**environment(), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.call([sys.executable, "-m", "bench", "gpu", *arguments], env=interpreted)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("no GPU here: torch.cuda.is_available() is False (--dry-run walks the same path on a CPU)")
+        return 2
+    device = "cpu" if options.dry_run else "cuda"
+    if options.once:
+        return run_once(device)
+    deadline = time.monotonic() + BUDGET_SECONDS
+    facts = device_facts(options.dry_run)
+    directory = options.out or results.RESULTS / ("dry" if options.dry_run else slug(str(facts["device"])))
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in facts.items():
+        print(f"{name:16} {value}")
+    passed = True
+    if not options.no_tests:
+        facts["tests"], passed = gpu_tests(directory)
+        print(f"GPU tests: {facts['tests']}", flush=True)
+    if options.sanitize:
+        facts["sanitizers"] = sanitize(directory)
+        print(f"sanitizers: {facts['sanitizers']}", flush=True)
+    cases = [case for case in GPU_CASES if options.only in case.label and (case.quick or not options.quick)]
+    timer = HostTimer() if options.dry_run else CudaTimer()
+    rounds = 2 if options.dry_run else 7 if options.quick else 11
+    rows, verdicts = measure_all(cases, timer, device, rounds, deadline)
+    title = DRY if options.dry_run else f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}"
+    run.finish(directory, facts, rows, verdicts, title)
+    wrong = [row for row in rows if row.provider in mk.available_backends() and row.error is None]
+    for row in wrong:
+        print(f"failed: {row.case}, {row.provider}: {row.note}")
+    return 0 if passed and not wrong else 1

@@ -1,0 +1,218 @@
+"""The benchmark harness on tiny cases: checks before timing, files that read back, pictures from files, exit codes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixupe_kernels as mk
+from bench import cases, check, cpu, gpu, plot, results, run, timing, workloads
+from bench.cases import COPY, COPY_RATE, EAGER, ENQUEUE, FLOAT32, READ_RATE, Bar, Case, Row, Verdict
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "mix": (4, 3, 5, 5),
+    "mix flip": (4, 3, 5, 5),
+    "mix out=": (4, 7),
+    "mixed and clean out=": (3, 3, 4, 4),
+    "uint8 normalise mix": (4, 3, 5, 5),
+}
+
+
+def identity(function):
+    return function
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", workloads.WORKLOADS)
+def test_every_contender_of_every_workload_is_right(family, dtype):
+    workload = workloads.build(Case(family, TINY.get(family, (6, 11)), dtype), "cpu", ["reference"], identity)
+    rows = {name: Row("tiny", name) for name in workload.calls}
+    assert set(run.checked(workload, rows)) == set(workload.calls), [row.note for row in rows.values()]
+    assert all(row.error <= check.TOLERANCE[torch.bfloat16] for row in rows.values())
+
+
+@pytest.mark.parametrize("family", workloads.WORKLOADS)
+def test_a_wrong_result_is_recorded_and_not_timed(family):
+    workload = workloads.build(Case(family, TINY.get(family, (6, 11))), "cpu", ["reference"], identity)
+    right = workload.calls[EAGER] if EAGER in workload.calls else workload.calls["reference"]
+    workload.calls.clear()
+    workload.calls.update(
+        near=lambda i: tuple(value * 1.001 for value in right(i)),
+        raises=lambda i: 1 / 0,
+        shapeless=lambda i: tuple(value.new_zeros(1, 1) for value in right(i)),
+    )
+    rows = {name: Row("tiny", name) for name in workload.calls}
+    assert run.checked(workload, rows) == {}
+    assert "deviates from the float64 reference" in rows["near"].note
+    assert rows["raises"].note == "ZeroDivisionError: division by zero"
+    assert rows["shapeless"].note
+
+
+def test_nan_counts_as_wrong():
+    deviation = check.Deviation()
+    deviation.add(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]).double())
+    deviation.add(torch.ones(2), torch.ones(2).double())
+    with pytest.raises(ValueError, match="deviates"):
+        workloads._within(deviation.value, torch.float32, "result")
+
+
+def test_checks_in_chunks_agree_with_the_whole(monkeypatch):
+    monkeypatch.setattr(check, "CHUNK", 30)
+    torch.manual_seed(0)
+    workload = workloads.build(Case("mixupe_loss", (10, 11)), "cpu", ["reference"], identity)
+    assert len(list(check.chunks(20, 11))) == 10
+    _, gradient = workload.calls["reference"](workload.inputs)
+    target = workload.inputs.target
+    loss, *_ = mk.reference.mixupe_loss(
+        workload.inputs.logits.detach().double(), *target, workload.inputs.eta.double(),
+        workload.inputs.reg_weight.double(), 10, 10,
+    )  # fmt: skip
+    errors = check.mixupe_loss_errors(
+        loss, gradient, workload.inputs.logits.detach(), target, workload.inputs.eta, workload.inputs.reg_weight, 10
+    )
+    assert errors[0] < 1e-14 and errors[1] < 1e-6
+
+
+def test_fitted_lam_is_found():
+    x, partner = torch.randn(6, 5), torch.tensor([1, 2, 3, 4, 5, 0])
+    out = mk.mix(x, partner, 0.37)
+    torch.testing.assert_close(check.fitted_lam(out, x, partner).item(), 0.37, rtol=1e-5, atol=0)
+
+
+def test_cpu_cases_are_the_tables():
+    speedups = {(case.label, bar.against): bar.value for case in cases.CPU_CASES for bar in case.bars}
+    assert speedups["mixupe_loss 256×21841 float32", EAGER] == 4.5
+    assert speedups["mix out= 256×3×224×224 float32", COPY] == 1 / 1.1
+    for case in (*cases.CPU_CASES, *cases.GPU_CASES):
+        assert case.family in workloads.WORKLOADS
+    assert all(case.dry_shape for case in cases.GPU_CASES)
+
+
+def test_measure_times_what_is_right():
+    case = Case("mixupe_loss", (8, 5), "bfloat16", bars=(Bar(EAGER, 1e-9), Bar(FLOAT32, 1e9)))
+    rows, verdicts = cpu.measure(case, rounds=3, compiler=identity)
+    by_provider = {row.provider: row for row in rows}
+    assert all(row.seconds > 0 and row.seconds_low <= row.seconds <= row.seconds_high for row in rows)
+    assert by_provider[mk.backends.serving("cpu")].speedup == 1
+    assert [verdict.met for verdict in verdicts] == [True, False]
+    assert verdicts[0].measured == by_provider[EAGER].speedup
+
+
+@pytest.mark.parametrize(
+    "bar, row, measured, met",
+    [
+        (Bar(COPY_RATE, 0.9), {"bytes_per_second": 80.0}, 0.8, False),
+        (Bar(READ_RATE, 0.9), {"bytes_per_second": 80.0}, None, None),
+        (Bar(ENQUEUE, 60), {"enqueue_seconds": 50e-6}, 50, True),
+        (Bar(cases.LAUNCHES, 5), {"launches": 6}, 6, False),
+        (Bar(cases.LAUNCHES, 5), {}, None, None),
+        (Bar(EAGER, 5), {"error": 0.0, "seconds": 1.0}, 5.5, True),
+        (Bar("absent", 5), {"error": 0.0}, None, None),
+    ],
+)
+def test_bars(bar, row, measured, met):
+    rows = {"ours": Row("case", "ours", **row), EAGER: Row("case", EAGER, speedup=5.5)}
+    (verdict,) = run.judge(Case("mix", (1,), bars=(bar,)), rows, "ours", {COPY_RATE: 100.0})
+    assert verdict.measured == pytest.approx(measured) and verdict.met is met
+
+
+def test_interleave_takes_turns():
+    called = []
+    contenders = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = timing.interleave(contenders, rounds=4, warmup=0, min_seconds=0)
+    assert [len(values) for values in times.values()] == [4, 4]
+    assert called[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median == 2
+
+
+def test_what_cannot_be_captured_still_has_the_other_figures():
+    class Failing(timing.HostTimer):
+        def capture(self, calls, pool):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    failures = {}
+    contender = timing.Contender([lambda: None] * 2, run.workloads.contextlib.nullcontext)
+    figures = timing.interleave_on_device(Failing(), {"a": contender}, 3, failures.__setitem__)
+    assert figures["a"].kernel == [] and len(figures["a"].stream) == len(figures["a"].enqueue) == 3
+    assert "capturing" in str(failures["a"])
+    row = Row("case", "a", bytes_moved=8)
+    gpu.fill(row, figures["a"], figures["a"])
+    assert row.seconds is None and row.speedup == 1 and row.note.startswith("speedup by the stream figure")
+
+
+ROWS = [
+    Row("mix 4", "cpp", 1e-3, 0.9e-3, 1.1e-3, 1.0, 1.0, 1.0, bytes_moved=80, bytes_per_second=8e4, error=1e-8),
+    Row("mix 4", EAGER, 3e-3, 2e-3, 4e-3, 3.0, 2.5, 3.5, bytes_moved=80, bytes_per_second=3e4, launches=7),
+    Row("mix 4", "timm", note='ValueError: a "quoted", comma'),
+    Row("ceiling", COPY_RATE, 1e-3, bytes_moved=80, bytes_per_second=9e4),
+]
+VERDICTS = [
+    Verdict("mix 4", EAGER, 2.5, 3.0, True),
+    Verdict("mix 4", COPY_RATE, 0.9),
+    Verdict("mix 4", COPY, 1, 0.5, False),
+]
+
+
+def test_files_read_back(tmp_path):
+    results.write(tmp_path, {"device": "none"}, ROWS, VERDICTS)
+    assert results.read_csv(tmp_path / "rows.csv", Row) == ROWS
+    assert results.read_csv(tmp_path / "bars.csv", Verdict) == VERDICTS
+    everything = json.loads((tmp_path / "results.json").read_text())
+    assert everything["machine"] == {"device": "none"}
+    assert everything["rows"] == [dataclasses.asdict(row) for row in ROWS]
+
+
+def test_pictures_come_from_the_files(tmp_path):
+    results.write(tmp_path, {}, ROWS, VERDICTS)
+    for draw in (plot.speedups, plot.roofline):
+        picture = draw(tmp_path, "none")
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_table(rich, capsys, monkeypatch):
+    if not rich:
+        monkeypatch.setattr(results.importlib.util, "find_spec", lambda name: None)
+    results.print_table("a title", VERDICTS)
+    shown = capsys.readouterr().out
+    for text in ("a title", "≥ 2.5× eager", "3×", "not met", "not measured", "≥ 90% of the copy rate"):
+        assert text in shown
+
+
+def run_bench(*arguments):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_gpu_without_a_gpu_says_so():
+    done = run_bench("gpu")
+    assert done.returncode == 2 and "no GPU here" in done.stdout
+
+
+def test_dry_run_walks_the_whole_path(tmp_path):
+    pytest.importorskip("triton", reason="the dry run interprets the Triton kernels")
+    done = run_bench("gpu", "--dry-run", "--quick", "--no-tests", "--only", "ce_entropy", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results.read_csv(tmp_path / "rows.csv", Row)
+    assert {"triton", "reference", EAGER} <= {row.provider for row in rows}
+    assert all(row.note.startswith(gpu.DRY) for row in rows)
+    verdicts = results.read_csv(tmp_path / "bars.csv", Verdict)
+    assert verdicts and all(verdict.met is None and verdict.measured is None for verdict in verdicts)
+    assert json.loads((tmp_path / "results.json").read_text())["machine"]["device"] == "dry run"
+    assert {path.name for path in tmp_path.glob("*.png")} == {"speedups.png", "roofline.png"}
+    assert gpu.DRY in done.stdout and "µs" not in done.stdout.replace("enqueue, µs ≤", "")
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("NVIDIA H200", "nvidia-h200"), ("AMD Instinct (MI300X)", "amd-instinct-mi300x")]
+)
+def test_slug(name, expected):
+    assert gpu.slug(name) == expected
