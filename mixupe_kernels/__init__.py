@@ -6,19 +6,24 @@
 >>> criterion(model(x), target).backward()
 """
 
+from . import pairing, sampling
 from .backends import available_backends, use_backend
 from .batch import MixedTarget, Mixup, MixupE, mix_labels
 from .exact import batch_mean, exact_q
 from .forward import forward_mixupe
 from .linear import linear_mixupe_loss
 from .loss import MixupELoss, mixupe_loss, q_hat
+from .manifold import ManifoldMixup
 from .metrics import MixedAccuracy, mixed_accuracy
 from .ops import bce_entropy, ce_entropy, mix
 from .sampling import expected_a_lambda
+from .schedule import LinearRamp
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearRamp",
+    "ManifoldMixup",
     "MixedTarget",
     "Mixup",
     "MixupE",
@@ -36,6 +41,8 @@ __all__ = [
     "mix_labels",
     "mixed_accuracy",
     "mixupe_loss",
+    "pairing",
     "q_hat",
+    "sampling",
     "use_backend",
 ]

@@ -4,132 +4,93 @@
 same without clean rows. Both stand where ``timm.data.Mixup`` or ``torchvision.transforms.v2.MixUp`` stand in a loop.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference, sampling
+from . import checks, cutmix, inputs, ops, reference
+from .constants import sequence
+from .drawing import Draw, Drawing, Layout, one, plain_draw
+from .target import MixedTarget, check_ids, check_labels, mix_labels
+
+__all__ = ["MixedTarget", "Mixup", "MixupE", "mix_labels"]
 
 
-class MixedTarget(NamedTuple):
-    """The target of a batch of N rows: two labels a row and the weight of the first. A pytree.
-
-    The first ``num_mixed`` rows carry the mixup loss and the last ``num_reg`` carry the regularizer. A clean row has its
-    own label twice and λ = 1.
-
-    Attributes:
-        labels: (N,) int64 classes, or (N, C) soft labels, of the rows' own samples.
-        partner_labels: the same, of the samples they are mixed with.
-        lam: (N,) float32 in [0, 1], the weight of the own sample.
-        num_mixed: rows of the mixup loss.
-        num_reg: rows of the regularizer.
-        reg_weight: the regularizer's weight w (MixupE, eq. 7): a float or a 0-d tensor.
-    """
-
-    labels: Tensor
-    partner_labels: Tensor
-    lam: Tensor
-    num_mixed: int
-    num_reg: int
-    reg_weight: Tensor | float
-
-    def to(self, *args, **kwargs) -> "MixedTarget":
-        """Every tensor moved as by :meth:`torch.Tensor.to`; a dtype applies to the floating-point ones."""
-
-        def move(value):
-            if not isinstance(value, Tensor):
-                return value
-            device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-            if dtype is None or not value.is_floating_point():
-                dtype = value.dtype
-            return value.to(device or value.device, dtype, non_blocking=non_blocking)
-
-        return MixedTarget(*map(move, self))
-
-    def dense(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
-        """The targets λ·y + (1 - λ)·y_partner as (N, num_classes) float32 (mixup, eq. 1), labels smoothed before.
-
-        Raises:
-            ValueError: if soft labels do not have ``num_classes`` columns, or a label lies outside [0, num_classes).
-        """
-        return _dense(self.labels, self.partner_labels, self.lam, num_classes, label_smoothing)
-
-
-def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
-    checks.positive_int("num_classes", num_classes)
-    label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-    lam = lam.float()
-    if labels.is_floating_point():
-        checks.shape("labels", labels, (labels.shape[0], num_classes))
-        soft = torch.lerp(partner_labels.float(), labels.float(), lam.reshape(-1, 1))
-        return soft * (1 - label_smoothing) + label_smoothing / num_classes
-    rows = labels.new_empty((labels.shape[0], num_classes), dtype=torch.float32, device=labels.device)
-    lam = lam.expand(labels.shape[0])
-    return reference.dense_target(rows, labels, partner_labels, lam, None, label_smoothing)
-
-
-def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
-    """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
-    checks.tensor("labels", labels)
-    if labels.dim() == 0 or labels.shape[0] != batch:
-        raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        if labels.dim() != 2:
-            raise ValueError(f"soft labels must have shape (B, C), got {tuple(labels.shape)}")
+def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None) -> Tensor:
+    """The N rows that were drawn, made of the samples ``x`` in one pass, into fresh memory or into ``out``."""
+    scale, shift, dtype, memory_format = arguments
+    if draw.plain and out is None and scale is None and dtype in (None, x.dtype):
+        return x if memory_format is None else x.contiguous(memory_format=memory_format)
+    compute = reference.accumulate_dtype(x.dtype)
+    if draw.offsets is not None:
+        if arguments != inputs.UNCHANGED:
+            # A pass of its own: the sum over samples takes weights, not a transform.
+            x = ops.call(ops.mix_op, x, None, one(x.device).to(compute), None, *arguments)
+        weights = draw.lam.to(reference.accumulate_dtype(x.dtype))
+        mixed = ops.call(ops.gather_sum_op, x, draw.partner, weights, draw.offsets)
+        return mixed.contiguous(memory_format=reference.row_format(x))
+    lam = draw.lam.to(compute)
+    rows = draw.target.lam.shape[0]
+    if out is not None and out.shape[0] != rows:
+        out = out[:rows]
+    if out is None:
+        out = ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments)
     else:
-        checks.dtype("labels", labels, (torch.int64,))
-    checks.same_device("labels", labels, "x", like)
+        ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, out=out)
+    if draw.box is not None:
+        cutmix.paste_box(out, x, draw.partner[: draw.target.num_mixed], draw.box, arguments)
+    return out
 
 
-def mix_labels(
-    labels: Tensor, partner: Tensor, lam: Tensor | float, num_classes: int, label_smoothing: float = 0.0
-) -> Tensor:
-    """Mixed soft labels: λ_i y_i + (1 - λ_i) y_partner(i) (mixup, Zhang et al., 2018, eq. 1).
-
-    Args:
-        labels: (B,) int64 classes in [0, num_classes), or (B, num_classes) soft labels.
-        partner: (B,) int64 in [0, B).
-        lam: weight of the own label in [0, 1]: a float, a 0-d tensor or (B,).
-        num_classes: C.
-        label_smoothing: in [0, 1].
-
-    Returns:
-        (B, C) float32.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or value.
-    """
-    checks.tensor("labels", labels)
-    checks.tensor("partner", partner)
-    check_labels(labels, labels.shape[0] if labels.dim() else 0, partner)
-    checks.shape("partner", partner, labels.shape[:1])
-    reference.check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
-    if isinstance(lam, Tensor):
-        reference.check_range("lam", lam, 0, 1, "in [0, 1]")
-    else:
-        lam = torch.full((), checks.fraction("lam", lam), device=labels.device)
-    return _dense(labels, labels[partner], lam, num_classes, label_smoothing)
-
-
-class Mixup:
+class Mixup(Drawing):
     """Plain mixup of a batch and its labels (Zhang et al., 2018), our baseline: :class:`MixupE` without clean rows.
 
     Args:
-        alpha, beta: λ ~ Beta(alpha, beta), > 0; beta is alpha if None.
+        alpha, beta: λ ~ Beta(alpha, beta), > 0; beta is alpha if None. alpha may be a :class:`LinearRamp` over epochs.
         per_sample: draw one λ for each sample instead of one for the batch.
-        pairing: whom a sample is mixed with: ``"random"`` permutation, ``"flip"`` (B - 1 - i, as timm) or ``"roll"``
-            (i - 1, as torchvision).
+        pairing: whom a sample is mixed with: ``"random"`` permutation, ``"flip"`` (B - 1 - i, as timm), ``"roll"``
+            (i - 1, as torchvision), ``"derangement"`` (random, never itself), ``"same_class"``, ``"different_class"``,
+            or a function such as :class:`mixupe_kernels.pairing.Neighbors`.
         prob: probability that a batch (a sample, with ``per_sample``) is mixed at all, in [0, 1].
-        lam_distribution: where λ comes from instead of Beta(alpha, beta): see :mod:`mixupe_kernels.sampling`.
+        lam_distribution: where λ comes from instead of Beta(alpha, beta): one of :mod:`mixupe_kernels.sampling`, or a
+            function (see :class:`mixupe_kernels.sampling.Custom`).
+        num_samples: mix K >= 2 samples, with weights ~ Dirichlet(alpha, ..., alpha) (mixup, §2). Above 2 the target is
+            dense, class labels need ``num_classes``, and ``out`` is not taken.
+        num_classes: C, for ``num_samples`` > 2.
+        cutmix_alpha: alternate with CutMix (Yun et al., 2019) of λ ~ Beta(cutmix_alpha, cutmix_alpha), > 0; never if
+            None. One box a batch; λ is corrected to its true area.
+        switch_prob: probability of CutMix where ``cutmix_alpha`` is given, in [0, 1].
+        mean, std: normalise the channels (dimension 1), x → (x - mean) / std as torchvision's ``Normalize``, in the same
+            pass. uint8 is scaled to [0, 1] first, also without mean and std.
+        dtype: of the batch returned; x's if None, float32 for uint8.
+        memory_format: of the batch returned; x's if None.
+        inplace: mix in the memory of x, which is then what is returned. Only for ``pairing="flip"`` without clean
+            rows, and for x that needs no gradient and keeps its dtype.
+        keys: which entries of a dict, tuple or list are mixed. By default every floating-point tensor, and every uint8
+            tensor of 4 or 5 dimensions, that has one row for each label.
+        labels_key: the entry of a dict that holds the labels.
+        warmup_epochs: plain samples in the epochs before this one (mixup, §3.3).
+        off_epoch: plain samples from this epoch on; never if None.
         generator: source of randomness, on the batch's device; torch's default for the device if None.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type or value.
+        TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
 
-    Calling it with ``x`` (B, ...) and ``labels``, (B,) int64 or (B, C) soft, returns ``(x, MixedTarget)``. Setting
-    ``enabled`` to False makes it return plain samples; it is read at every call, so a schedule must change it in the
-    process that trains, not in a copy that a data loader's worker holds.
+    Calling it with ``x`` (B, ...), floating point or uint8 in any layout, and ``labels``, (B,) int64 or (B, C) soft,
+    returns ``(x, MixedTarget)``; plain samples are normalised and cast, too. Further arguments of the call:
+
+    - ``x`` may be a tuple, list or dict, whose tensors are mixed with one λ and one partner; all other entries stay the
+      same objects. mean, std and memory_format then apply to the tensors of 4 or 5 dimensions. Labels may be an entry
+      of a dict, which holds the target afterwards.
+    - ``out``: a buffer, or a tuple, list or dict of them, of at least ``num_rows(B)`` rows. Its first rows are written
+      and returned instead of fresh memory, whose first touch costs more than mixing does.
+    - ``ids``: (B,) int64, the samples' numbers in the data set, for pairings that ask for them.
+
+    Setting ``enabled`` to False makes it return plain samples; it is read at every call, so a schedule must change it
+    in the process that trains, not in a copy that a data loader's worker holds. ``set_epoch`` drives warm-up, off_epoch
+    and ramps; ``state_dict`` holds what a resumed run needs to draw the same batches.
     """
 
     def __init__(
@@ -137,56 +98,122 @@ class Mixup:
         alpha: float = 1.0,
         beta: float | None = None,
         *,
-        per_sample: bool = False,
-        pairing: str = "random",
-        prob: float = 1.0,
-        lam_distribution: sampling.Beta | None = None,
-        generator: torch.Generator | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        inplace: bool = False,
+        keys: Sequence[Hashable] | None = None,
+        labels_key: Hashable = "labels",
+        **drawing_arguments,
     ):
-        self.lam_distribution = lam_distribution or sampling.Beta(alpha, beta)
-        self.per_sample = per_sample
-        self.pairing = checks.choice("pairing", pairing, tuple(sampling.PAIRINGS))
-        self.prob = checks.fraction("prob", prob)
-        self.generator = generator
-        self.enabled = True
+        super().__init__(alpha, beta, **drawing_arguments)
+        self.transform = inputs.Transform(mean, std, dtype, memory_format)
+        self.inplace = inplace
+        if inplace and (self.pairing != "flip" or self.cutmix is not None or self.num_samples > 2):
+            raise ValueError(
+                "inplace must be False unless pairing is 'flip', without cutmix_alpha or num_samples, got True"
+            )
+        if isinstance(keys, str):
+            raise TypeError(f"keys must be a sequence of keys, got the string {keys!r}")
+        self.keys, self.labels_key = keys, labels_key
 
-    def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, MixedTarget]:
-        checks.tensor("x", x)
+    def num_rows(self, batch: int) -> int:
+        """The most rows that a batch of ``batch`` samples becomes, which is what ``out`` must have."""
+        return batch
+
+    def apply(self, draw: Draw, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The rows that :meth:`draw` chose, of any samples (B, ...) such as hidden states, as they are: (N, ...).
+
+        Differentiable in x where there is no ``out``. mean, std, dtype and memory_format are left out.
+        """
+        return write(draw, x, inputs.UNCHANGED, out)
+
+    def __call__(
+        self,
+        x: Tensor | Sequence | Mapping,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        out: Tensor | Sequence | Mapping | None = None,
+    ) -> tuple[Any, MixedTarget]:
+        return self._batch(x, labels, ids, out, self.draw)
+
+    def plain(self, x: Tensor | Sequence | Mapping, labels: Tensor | None = None) -> tuple[Any, MixedTarget]:
+        """The samples as they are, normalised and cast as for the model: what a call returns with ``enabled`` False."""
+        return self._batch(x, labels, None, None, plain_draw)
+
+    def _batch(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
+        """Check everything, then draw, then write."""
+        if not isinstance(x, Tensor):
+            return self._batch_of_several(x, labels, ids, out, draw)
         if x.dim() == 0:
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
-        checks.dtype("x", x, checks.LOGITS_DTYPES)
         check_labels(labels, x.shape[0], x)
-        batch, device = x.shape[0], x.device
-        if not self.enabled or batch == 0:
-            return x, MixedTarget(labels, labels, torch.ones(batch, device=device), batch, 0, 0.0)
-        lam = self._draw_lam(batch, device)
-        partner = sampling.PAIRINGS[self.pairing](batch, self.generator, device)
-        mixed, clean, num_reg, reg_weight = self._plan(batch, device)
-        if mixed is not None:
-            partner = partner[mixed]
-            lam = lam[mixed] if lam.dim() else lam
-        if clean is None:
-            rows, lam = mixed, lam.expand(partner.shape[0])
-        else:
-            rows = torch.cat([torch.arange(batch, device=device) if mixed is None else mixed, clean])
-            lam = torch.cat([lam.expand(partner.shape[0]), torch.ones(clean.shape[0], device=device)])
-            partner = torch.cat([partner, clean])
-        num_mixed = lam.shape[0] - (0 if clean is None else clean.shape[0])
-        x = ops._call(ops.mix_op, x, partner, lam.to(reference.accumulate_dtype(x.dtype)), rows)
-        own = labels if rows is None else labels[rows]
-        return x, MixedTarget(own, labels[partner], lam, num_mixed, num_reg, reg_weight)
+        check_ids(ids, labels)
+        arguments = self.transform.arguments("x", x, True)
+        out = self._check_out("out", out, x, arguments)
+        drawn = draw(labels, ids=ids, image_size=self._image_size([x]))
+        return write(drawn, x, arguments, out), drawn.target
 
-    def _draw_lam(self, batch: int, device: torch.device) -> Tensor:
-        size = (batch,) if self.per_sample else ()
-        lam = self.lam_distribution.sample(size, self.generator, device)
-        if self.prob < 1:
-            chosen = torch.rand(size, device=device, generator=self.generator) < self.prob
-            lam = torch.where(chosen, lam, 1.0)
-        return lam
+    def _batch_of_several(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
+        if not isinstance(x, (Mapping, tuple, list)):
+            raise TypeError(f"x must be a tensor, or a tuple, list or dict of tensors, got {type(x).__name__}")
+        within = labels is None and isinstance(x, Mapping)
+        if within:
+            if self.labels_key not in x:
+                raise ValueError(f"labels must be given, or be the entry {self.labels_key!r} of x, got {list(x)}")
+            labels = x[self.labels_key]
+        checks.tensor("labels", labels)
+        batch = labels.shape[0] if labels.dim() else 0
+        entries = inputs.entries_to_mix(x, batch, self.keys, self.labels_key)
+        check_labels(labels, batch, next(iter(entries.values())))
+        check_ids(ids, labels)
+        buffers = inputs.buffers(out, entries)
+        prepared = {}
+        for key, value in entries.items():
+            checks.same_device(f"x[{key!r}]", value, "labels", labels)
+            arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
+            prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
+        drawn = draw(labels, ids=ids, image_size=self._image_size(entries.values()))
+        changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
+        if within:
+            changes[self.labels_key] = drawn.target
+        return inputs.replaced(x, changes), drawn.target
 
-    def _plan(self, batch: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, int, Tensor | float]:
-        """(rows to mix, rows to append clean, rows of the regularizer, its weight); None stands for all, and for none."""
-        return None, None, 0, 0.0
+    def _check_out(self, name: str, out: Tensor | None, x: Tensor, arguments: inputs.Arguments) -> Tensor | None:
+        """The buffer to write, checked; None for fresh memory."""
+        if out is None and not self.inplace:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"x must not require a gradient with {'inplace' if self.inplace else 'out'}")
+        dtype = arguments.dtype or x.dtype
+        if self.inplace:
+            if out is not None:
+                raise ValueError("out must be None with inplace, got a tensor")
+            if dtype != x.dtype:
+                raise ValueError(f"x must have dtype {dtype} with inplace, which keeps it, got {x.dtype}")
+            return x
+        if self.num_samples > 2:
+            raise ValueError("out must be None with num_samples > 2, got a tensor")
+        checks.tensor(name, out)
+        checks.same_device(name, out, "x", x)
+        rows = self.num_rows(x.shape[0])
+        if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:
+            expected = ", ".join(map(str, x.shape[1:]))
+            raise ValueError(f"{name} must have shape (>= {rows}, {expected}), got {tuple(out.shape)}")
+        checks.dtype(name, out, checks.LOGITS_DTYPES if self.transform.dtype is None else (dtype,))
+        return out
+
+    def _image_size(self, samples) -> tuple[int, int] | None:
+        if self.cutmix is None:
+            return None
+        sizes = {tuple(x.shape[-2:]) if x.dim() >= 3 else () for x in samples}
+        if len(sizes) > 1 or () in sizes:
+            raise ValueError(
+                f"x must have shape (B, ..., H, W), one H and W for all, with cutmix_alpha, got {sorted(sizes)}"
+            )
+        return sizes.pop()
 
 
 class MixupE(Mixup):
@@ -207,11 +234,15 @@ class MixupE(Mixup):
     ======================================  =============  =========================================================
 
     Args:
-        alpha, beta, per_sample, pairing, prob, lam_distribution, generator: as for :class:`Mixup`.
         clean_fraction: ρ in (0, 1], clean rows over rows of the batch; rounded so that all rows are a multiple of 8.
         split: take the clean rows out of the mixed ones.
         regularize: ``"clean"`` or ``"mixed"`` rows.
         interval: regularize every ``interval``-th batch, >= 1.
+        eta_ramp: a factor on η, >= 0, as a function of the epoch, such as ``LinearRamp(0, 1, last_epoch=5)``; it enters
+            the target's ``reg_weight``, so that the loss needs no schedule. 1 if None.
+
+    All other arguments are those of :class:`Mixup`, of the same names. With CutMix the regularizer is the same, that of
+    mixup's λ: it is taken on the clean rows.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
@@ -226,8 +257,12 @@ class MixupE(Mixup):
         split: bool = False,
         regularize: str = "clean",
         interval: int = 1,
+        eta_ramp: Callable[[float], float] | None = None,
         **mixup_arguments,
     ):
+        if eta_ramp is not None and not callable(eta_ramp):
+            raise TypeError(f"eta_ramp must be a function of the epoch or None, got {eta_ramp!r}")
+        self.eta_ramp = eta_ramp
         super().__init__(alpha, beta, **mixup_arguments)
         self.clean_fraction = checks.number(
             "clean_fraction", clean_fraction, "a number in (0, 1]", lambda fraction: 0 < fraction <= 1
@@ -239,7 +274,15 @@ class MixupE(Mixup):
             raise ValueError("regularize must be 'clean' with split or clean_fraction, got 'mixed'")
         if split and clean_fraction == 1:
             raise ValueError("clean_fraction must be below 1 with split, got 1: no row would be mixed")
-        self.steps = 0
+        if self.inplace and regularize != "mixed":
+            raise ValueError(
+                "regularize must be 'mixed' with inplace, got 'clean': clean rows need memory of their own"
+            )
+
+    def set_epoch(self, epoch: float) -> None:
+        super().set_epoch(epoch)
+        factor = 1.0 if self.eta_ramp is None else checks.non_negative("eta_ramp(epoch)", self.eta_ramp(self.epoch))
+        self._reg_factor = factor
         self._reg_weight: dict[torch.device, Tensor] = {}
 
     def num_clean(self, batch: int) -> int:
@@ -252,22 +295,26 @@ class MixupE(Mixup):
         rounded = round((batch + wanted) / 8) * 8 - batch
         if rounded < 1:
             rounded += 8
-        return rounded if rounded <= batch else min(wanted, batch)
+        if rounded > batch:
+            rounded -= 8
+        return rounded if rounded >= 1 else wanted
 
-    def _plan(self, batch, device):
-        self.steps += 1
+    def num_rows(self, batch: int) -> int:
+        return batch if self.split or self.regularize == "mixed" or batch == 0 else batch + self.num_clean(batch)
+
+    def _layout(self, batch: int, device: torch.device) -> Layout:
         if self.steps % self.interval:
-            return None, None, 0, 0.0
+            return Layout(None, None, 0, 0.0)
         weight = self._reg_weight.get(device)
         if weight is None:
-            value = self.lam_distribution.expected_a_lambda * self.interval
+            value = self.lam_distribution.expected_a_lambda * self.interval * self._reg_factor
             weight = self._reg_weight[device] = torch.full((), value, device=device)
         if self.regularize == "mixed":
-            return None, None, batch, weight
+            return Layout(None, None, batch, weight)
         count = self.num_clean(batch)
         if count == batch:
-            return None, torch.arange(batch, device=device), count, weight
+            return Layout(None, sequence(batch, device), count, weight)
         order = torch.randperm(batch, generator=self.generator, device=device)
         if self.split:
-            return order[count:], order[:count], count, weight
-        return None, order[:count], count, weight
+            return Layout(order[count:], order[:count], count, weight)
+        return Layout(None, order[:count], count, weight)

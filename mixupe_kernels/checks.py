@@ -73,7 +73,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-_VALUE_MESSAGE = re.compile(r"(target|partner|rows|lam|index|a_index|b_index) must be ")
+_VALUE_MESSAGE = re.compile(r"(target|partner|rows|lam|index|a_index|b_index) must be |out must not overlap ")
 
 
 def translate(error: RuntimeError) -> Exception:

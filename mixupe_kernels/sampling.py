@@ -1,13 +1,26 @@
-"""Where λ and partners come from: distributions of the mixing weight, and pairings of a batch.
+"""Where λ comes from: distributions of the mixing weight, each with the weight of MixupE's regularizer under it.
 
 Everything is drawn from torch generators, on the device of the batch, without synchronising: the same seed gives the
-same batch, on one device and version of PyTorch.
+same λ, on one device and version of PyTorch.
+
+The regularizer's weight is w = E[1 - λ'], λ' being λ under the law that mixup's loss has when each label is written as
+the own one (MixupE, Zou et al., 2023, §2.1). For any law of λ that is 2·E[λ(1 - λ)], since a pair's loss holds its first
+label with weight λ at distance 1 - λ, and its second with weight 1 - λ at distance λ.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .constants import constant
+
+# Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
+# ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
+_SMALLEST_DIRECT = 0.02
+FOLDS = ("none", "max")
 
 
 def expected_a_lambda(alpha: float, beta: float | None = None) -> float:
@@ -32,48 +45,215 @@ def expected_a_lambda(alpha: float, beta: float | None = None) -> float:
     return 2 * (alpha / total) * (beta / (total + 1))
 
 
-def _log_gamma_variate(shape: float, size: tuple[int, ...], generator, device) -> Tensor:
-    """log G, G ~ Gamma(shape, 1): log of Gamma(shape + 1) plus log(U)/shape (Marsaglia and Tsang, 2000, §6).
+def _log_gamma_variates(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
+    """log G, G ~ Gamma(a, 1): log of Gamma(a + 1) plus log(U)/a (Marsaglia and Tsang, 2000, §6)."""
+    boosted = torch._standard_gamma(concentration + 1, generator=generator)
+    uniform = torch.rand(concentration.shape, dtype=torch.float64, device=concentration.device, generator=generator)
+    return boosted.log() + torch.log1p(-uniform) / concentration
 
-    In the log domain, because Gamma(0.01) itself underflows float32 four times in ten.
+
+def _dirichlet(concentration: tuple[float, ...], size, generator: torch.Generator | None, device) -> Tensor:
+    """Weights of shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
+    parameters = constant(
+        ("dirichlet", concentration, device),
+        lambda: torch.tensor(concentration, dtype=torch.float64, device=device),
+    )
+    if size:
+        parameters = parameters.expand(*size, len(concentration))
+    if min(concentration) >= _SMALLEST_DIRECT:
+        return torch._sample_dirichlet(parameters, generator=generator)
+    return _log_gamma_variates(parameters, generator).softmax(-1)
+
+
+class Distribution:
+    """A law of λ. Subclasses define ``draw`` and ``expected_a_lambda``.
+
+    Attributes:
+        expected_a_lambda: w = 2·E[λ(1 - λ)], the weight of MixupE's regularizer; folding does not change it.
+        expected_a_lambda_error: its standard error; 0 where it is a closed form.
+        fold: ``"none"``, or ``"max"`` for max(λ, 1 - λ), so that the own sample always weighs more.
     """
-    concentration = torch.full(size, shape + 1, dtype=torch.float64, device=device)
-    boosted = torch._standard_gamma(concentration, generator=generator)
-    uniform = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
-    return boosted.log() + torch.log1p(-uniform) / shape
+
+    expected_a_lambda: float
+    expected_a_lambda_error: float = 0.0
+
+    def __init__(self, fold: str = "none"):
+        self.fold = checks.choice("fold", fold, FOLDS)
+
+    def draw(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """λ of shape ``size``, float32 in [0, 1], on ``device``."""
+        lam = self.draw(size, generator, device)
+        return torch.maximum(lam, 1 - lam) if self.fold == "max" else lam
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("expected") and not (name == "fold" and value == "none")
+        )
+        return f"{type(self).__name__}({shown})"
 
 
-class Beta:
-    """λ ~ Beta(alpha, beta), exact for parameters as small as 1e-3 and below."""
+class Beta(Distribution):
+    """λ ~ Beta(alpha, beta) (mixup, Zhang et al., 2018); beta is alpha if None."""
 
-    def __init__(self, alpha: float, beta: float | None = None):
+    def __init__(self, alpha: float = 1.0, beta: float | None = None, *, fold: str = "none"):
+        super().__init__(fold)
         self.alpha = checks.positive("alpha", alpha)
         self.beta = self.alpha if beta is None else checks.positive("beta", beta)
         self.expected_a_lambda = expected_a_lambda(self.alpha, self.beta)
 
+    def draw(self, size, generator, device):
+        if self.alpha == self.beta == 1:
+            return torch.rand(size, device=device, generator=generator)
+        return _dirichlet((self.alpha, self.beta), size, generator, device).select(-1, 0).float()
+
+
+class HalfBeta(Beta):
+    """θ ~ Beta(alpha, alpha) restricted to [1/2, 1] (Carratino et al., 2022), which is max(λ, 1 - λ) of the whole one.
+
+    With it, mixup's loss is the same in expectation as with the whole distribution.
+    """
+
+    def __init__(self, alpha: float = 1.0):
+        super().__init__(alpha, fold="max")
+
+
+class DLambda(Beta):
+    """λ ~ D_λ = α/(α+β)·Beta(α+1, β) + β/(α+β)·Beta(β+1, α) (MixupE, §2.1): the law of the own label's weight.
+
+    It is the law of λ with probability λ and of 1 - λ otherwise, λ ~ Beta(alpha, beta), and so has the same
+    ``expected_a_lambda``.
+    """
+
+    def draw(self, size, generator, device):
+        lam = super().draw(size, generator, device)
+        keep = torch.rand(size, device=device, generator=generator) < lam
+        return torch.where(keep, lam, 1 - lam)
+
+
+class WShaped(Distribution):
+    """λ = X/2 or (X + 1)/2 with equal probability, X ~ Beta(alpha, alpha): most mass at 0, 1/2 and 1.
+
+    The mixture of "On Mixup Regularization" (Carratino et al., 2022), where alpha is 1/2.
+    """
+
+    def __init__(self, alpha: float = 0.5, *, fold: str = "none"):
+        super().__init__(fold)
+        self.alpha = checks.positive("alpha", alpha)
+        # E[λ(1 - λ)] = (1 - E[X²]) / 4 and E[X²] = 1/4 + 1/(4(2α + 1)).
+        self.expected_a_lambda = (1 - 0.25 - 0.25 / (2 * self.alpha + 1)) / 2
+
+    def draw(self, size, generator, device):
+        x = _dirichlet((self.alpha, self.alpha), size, generator, device).select(-1, 0).float()
+        upper = torch.rand(size, device=device, generator=generator) < 0.5
+        return (x + upper) / 2
+
+
+class Uniform(Distribution):
+    """λ uniform on [low, high], 0 <= low <= high <= 1."""
+
+    def __init__(self, low: float = 0.0, high: float = 1.0, *, fold: str = "none"):
+        super().__init__(fold)
+        self.low, self.high = checks.fraction("low", low), checks.fraction("high", high)
+        if self.low > self.high:
+            raise ValueError(f"low must be at most high = {self.high}, got {self.low}")
+        square = (self.low**2 + self.low * self.high + self.high**2) / 3
+        self.expected_a_lambda = self.low + self.high - 2 * square
+
+    def draw(self, size, generator, device):
+        # lerp's result may round beyond its end points; [0, 1] itself needs no clamp.
+        uniform = torch.rand(size, device=device, generator=generator)
+        return (self.low + (self.high - self.low) * uniform).clamp_(self.low, self.high)
+
+
+class Fixed(Distribution):
+    """λ = value, in [0, 1], always."""
+
+    def __init__(self, value: float, *, fold: str = "none"):
+        super().__init__(fold)
+        self.value = checks.fraction("value", value)
+        self.expected_a_lambda = 2 * self.value * (1 - self.value)
+
+    def draw(self, size, generator, device):
+        return torch.full(size, self.value, device=device)
+
+
+class Custom(Distribution):
+    """λ = function(size, generator, device): a floating-point tensor of that shape on that device, values in [0, 1].
+
+    Args:
+        function: draws λ; its randomness should come from ``generator`` (torch's default where that is None).
+        expected_a_lambda: w = 2·E[λ(1 - λ)] in [0, 1/2] where it is known. Else it is the mean over 2^20 draws on the CPU
+            (of a seed of its own; no generator moves), and ``expected_a_lambda_error`` its standard error, at most 2.5e-4.
+        fold: as for every distribution.
+
+    Raises:
+        TypeError, ValueError: if ``function`` is not callable or returns something else than is stated.
+    """
+
+    NUM_DRAWS = 2**20
+
+    def __init__(self, function: Callable, expected_a_lambda: float | None = None, *, fold: str = "none"):
+        super().__init__(fold)
+        if not callable(function):
+            raise TypeError(f"function must be callable, got {type(function).__name__} {function!r}")
+        self.function = function
+        if expected_a_lambda is None:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                lam = self.draw((self.NUM_DRAWS,), torch.Generator().manual_seed(0), torch.device("cpu")).double()
+            outside = ~((lam >= 0) & (lam <= 1))
+            if bool(outside.any()):
+                raise ValueError(f"function must return values in [0, 1], got {lam[outside][0].item()}")
+            product = 2 * lam * (1 - lam)
+            self.expected_a_lambda = product.mean().item()
+            self.expected_a_lambda_error = product.std().item() / math.sqrt(self.NUM_DRAWS)
+        else:
+            self.expected_a_lambda = checks.number(
+                "expected_a_lambda", expected_a_lambda, "a number in [0, 0.5]", lambda w: 0 <= w <= 0.5
+            )
+
+    def draw(self, size, generator, device):
+        lam = checks.tensor("function(size, generator, device)", self.function(size, generator, device))
+        checks.shape("function(size, generator, device)", lam, size)
+        checks.dtype("function(size, generator, device)", lam, checks.LOGITS_DTYPES)
+        return lam.to(device, torch.float32)
+
+
+class Dirichlet:
+    """Weights of K mixed samples, Dirichlet(alpha, ..., alpha) (mixup, Zhang et al., 2018, §2); K = 2 is Beta(alpha, alpha).
+
+    ``expected_a_lambda`` is w = K·E[λ_1 (1 - λ_1)] = (K - 1)α / (Kα + 1), by the same argument as for two samples.
+    """
+
+    def __init__(self, alpha: float = 1.0, num_samples: int = 2):
+        self.alpha = checks.positive("alpha", alpha)
+        self.num_samples = checks.positive_int("num_samples", num_samples)
+        self.expected_a_lambda = (num_samples - 1) * self.alpha / (num_samples * self.alpha + 1)
+        self.expected_a_lambda_error = 0.0
+
     def sample(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """λ of shape ``size``, float32 in [0, 1], on ``device``."""
-        difference = _log_gamma_variate(self.alpha, size, generator, device) - _log_gamma_variate(
-            self.beta, size, generator, device
-        )
-        return torch.sigmoid(difference).float()
+        """Weights of shape (*size, num_samples), float32, that sum to 1, on ``device``."""
+        return _dirichlet((self.alpha,) * self.num_samples, size, generator, device).float()
 
     def __repr__(self) -> str:
-        return f"Beta({self.alpha:g}, {self.beta:g})"
+        return f"Dirichlet({self.alpha:g}, {self.num_samples})"
 
 
-def _random(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    return torch.randperm(size, generator=generator, device=device)
+def as_distribution(value: Distribution | Callable) -> Distribution:
+    """``value`` if it has what a :class:`Distribution` has, :class:`Custom` of it if it is a function.
 
-
-def _flip(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    return torch.arange(size - 1, -1, -1, device=device)
-
-
-def _roll(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    return torch.arange(-1, size - 1, device=device).remainder_(max(size, 1))
-
-
-# partner(i) for i < size, as int64 on ``device``: a random permutation (mixup's code), size - 1 - i (timm's Mixup),
-# i - 1 modulo size (torchvision's v2.MixUp, which rolls the batch by one).
-PAIRINGS = {"random": _random, "flip": _flip, "roll": _roll}
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(value, Dirichlet):
+        raise TypeError(f"lam_distribution must draw one λ a sample, got {value}: num_samples= is for more")
+    if hasattr(value, "sample") and hasattr(value, "expected_a_lambda"):
+        return value
+    if callable(value):
+        return Custom(value)
+    raise TypeError(f"lam_distribution must be a distribution of mk.sampling or a function, got {value!r}")

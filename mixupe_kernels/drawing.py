@@ -1,0 +1,255 @@
+"""Everything about a batch but its samples: which rows it has, with which partners, weights and labels, drawn at random."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, cutmix, sampling
+from . import pairing as pairings
+from .constants import constant, sequence
+from .schedule import LinearRamp
+from .target import MixedTarget, one_hot
+
+
+class Draw(NamedTuple):
+    """What was drawn for a batch of B samples: how its N rows are made of them.
+
+    Attributes:
+        partner: (N,) int64, or None for the flip of all rows. With ``offsets``, (T,) int64.
+        lam: λ as ``mix`` takes it: 0-d or (N,). With ``offsets``, (T,) weights.
+        target: of the N rows.
+        rows: (N,) int64, each row's own sample; None for 0, 1, ..., B - 1.
+        offsets: (N + 1,) int64 where rows are made of more than two samples: row i is the sum over t in
+            [offsets_i, offsets_{i+1}) of lam_t · x[partner_t].
+        box: (4,) int64, top, bottom, left and right of CutMix's box; None without CutMix.
+        plain: the rows are the samples as they are.
+    """
+
+    partner: Tensor | None
+    lam: Tensor
+    target: MixedTarget
+    rows: Tensor | None = None
+    offsets: Tensor | None = None
+    box: Tensor | None = None
+    plain: bool = False
+
+
+class Layout(NamedTuple):
+    """Which samples become mixed rows (None: all) and which clean rows (None: none); the rows and weight of R."""
+
+    mixed: Tensor | None
+    clean: Tensor | None
+    num_reg: int
+    reg_weight: Tensor | float
+
+
+def one(device: torch.device) -> Tensor:
+    return constant(("one", device), lambda: torch.ones((), device=device))
+
+
+def plain_draw(labels: Tensor, **_) -> Draw:
+    """The samples as they are; takes what :meth:`Drawing.draw` takes."""
+    batch, device = labels.shape[0], labels.device
+    target = MixedTarget(labels, labels, torch.ones(batch, device=device), batch, 0, 0.0)
+    return Draw(None, one(device), target, plain=True)
+
+
+def _with_clean(lam: Tensor, num_mixed: int, num_clean: int) -> Tensor:
+    """λ of all rows, (num_mixed + num_clean,), 1 for the clean ones."""
+    device = lam.device
+    if lam.dim():
+        return torch.cat([lam, constant(("ones", num_clean, device), lambda: torch.ones(num_clean, device=device))])
+    rows = num_mixed + num_clean
+    mixed = constant(("mixed", num_mixed, rows, device), lambda: torch.arange(rows, device=device) < num_mixed)
+    return torch.where(mixed, lam, one(device))
+
+
+class Drawing:
+    """What :class:`Mixup` and :class:`MixupE` draw; their arguments of these names, and their schedule and state."""
+
+    def __init__(
+        self,
+        alpha: float | LinearRamp = 1.0,
+        beta: float | None = None,
+        *,
+        per_sample: bool = False,
+        pairing: str | Callable[..., Tensor] = "random",
+        prob: float = 1.0,
+        lam_distribution: sampling.Distribution | Callable[..., Tensor] | None = None,
+        num_samples: int = 2,
+        num_classes: int | None = None,
+        cutmix_alpha: float | None = None,
+        switch_prob: float = 0.5,
+        warmup_epochs: float = 0,
+        off_epoch: float | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        self.alpha, self.beta = alpha, beta
+        self.per_sample = per_sample
+        self.pairing = pairing
+        self._pair = pairings.as_pairing(pairing)
+        self.prob = checks.fraction("prob", prob)
+        self.num_samples = checks.positive_int("num_samples", num_samples)
+        self.num_classes = None if num_classes is None else checks.positive_int("num_classes", num_classes)
+        self.cutmix = None if cutmix_alpha is None else sampling.Beta(checks.positive("cutmix_alpha", cutmix_alpha))
+        self.switch_prob = checks.fraction("switch_prob", switch_prob)
+        self.warmup_epochs = checks.non_negative("warmup_epochs", warmup_epochs)
+        self.off_epoch = None if off_epoch is None else checks.non_negative("off_epoch", off_epoch)
+        self.generator = generator
+        self.enabled = True
+        self.steps = 0
+        self._given_distribution = None if lam_distribution is None else sampling.as_distribution(lam_distribution)
+        self._check_combination()
+        self.set_epoch(0)
+
+    def _check_combination(self) -> None:
+        if self.num_samples == 1:
+            raise ValueError("num_samples must be an int >= 2, got 1")
+        if self.num_samples > 2:
+            for name, value in (
+                ("cutmix_alpha", self.cutmix),
+                ("lam_distribution", self._given_distribution),
+                ("beta", self.beta),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
+        if isinstance(self.alpha, LinearRamp) and self._given_distribution is not None:
+            raise ValueError(f"alpha must be a number where lam_distribution is given, got {self.alpha!r}")
+        if self.cutmix is not None and self.per_sample:
+            raise ValueError("per_sample must be False with cutmix_alpha, got True: a batch has one box")
+
+    def set_epoch(self, epoch: float) -> None:
+        """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
+        self.epoch = checks.non_negative("epoch", epoch)
+        alpha = self.alpha(self.epoch) if isinstance(self.alpha, LinearRamp) else self.alpha
+        if self.num_samples > 2:
+            self.lam_distribution = sampling.Dirichlet(alpha, self.num_samples)
+        else:
+            self.lam_distribution = self._given_distribution or sampling.Beta(alpha, self.beta)
+
+    @property
+    def active(self) -> bool:
+        """Whether batches are mixed now: ``enabled``, after the warm-up and before ``off_epoch``."""
+        if not self.enabled or self.epoch < self.warmup_epochs:
+            return False
+        return self.off_epoch is None or self.epoch < self.off_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the number of batches drawn, ``enabled``, and the state of the generator.
+
+        Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``).
+        """
+        generator = None if self.generator is None else self.generator.get_state()
+        return {"epoch": self.epoch, "steps": self.steps, "enabled": self.enabled, "generator": generator}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from where ``state_dict`` was taken: the same batches are drawn.
+
+        Raises:
+            ValueError: if entries are missing, or only one of the two has a generator of its own.
+        """
+        missing = {"epoch", "steps", "enabled", "generator"} - set(state)
+        if missing:
+            raise ValueError(f"state must have all entries of state_dict(), {sorted(missing)} are missing")
+        if (state["generator"] is None) != (self.generator is None):
+            has = "none" if self.generator is None else "one"
+            raise ValueError(f"generator must be given where the saved one had one, and only there; this has {has}")
+        self.set_epoch(state["epoch"])
+        self.steps, self.enabled = state["steps"], state["enabled"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"].cpu())
+
+    def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
+        """λ, partners, rows and target of a batch with these labels.
+
+        Args:
+            labels: (B,) int64 or (B, C) soft, on the device of the generator.
+            ids: (B,) int64, the samples' numbers, for pairings that ask for them.
+            image_size: height and width, which CutMix needs.
+        """
+        batch, device = labels.shape[0], labels.device
+        if batch == 0 or not self.active:
+            return plain_draw(labels)
+        self.steps += 1
+        if self.num_samples > 2:
+            return self._draw_many(labels, ids)
+        # λ of the labels and λ of the pixels differ with CutMix only.
+        lam = pixel_lam = self._draw_lam(batch, device)
+        box = None
+        if self.cutmix is not None:
+            lam, pixel_lam, box = self._draw_box(lam, image_size)
+        mixed, clean, num_reg, reg_weight = self._layout(batch, device)
+        if clean is None and box is None and self._pair is pairings.flip:
+            target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
+            return Draw(None, pixel_lam, target)
+        partner = self._pair(batch, self.generator, device, labels, ids)
+        if clean is None:
+            target = MixedTarget(labels, labels.index_select(0, partner), lam.expand(batch), batch, num_reg, reg_weight)
+            return Draw(partner, pixel_lam, target, box=box)
+        if mixed is None and clean.shape[0] == batch:
+            rows = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
+            own = torch.cat([labels, labels])
+        else:
+            if mixed is None:
+                mixed = sequence(batch, device)
+            else:
+                partner = partner[mixed]
+                lam, pixel_lam = (value[mixed] if value.dim() else value for value in (lam, pixel_lam))
+            rows = torch.cat([mixed, clean])
+            own = labels.index_select(0, rows)
+        num_mixed, num_clean = partner.shape[0], clean.shape[0]
+        partner = torch.cat([partner, clean])
+        all_lam = _with_clean(lam, num_mixed, num_clean)
+        pixel_lam = all_lam if pixel_lam is lam else _with_clean(pixel_lam, num_mixed, num_clean)
+        target = MixedTarget(own, labels.index_select(0, partner), all_lam, num_mixed, num_reg, reg_weight)
+        return Draw(partner, pixel_lam, target, rows=rows, box=box)
+
+    def _layout(self, batch: int, device: torch.device) -> Layout:
+        return Layout(None, None, 0, 0.0)
+
+    def _draw_lam(self, batch: int, device: torch.device) -> Tensor:
+        size = (batch,) if self.per_sample else ()
+        lam = self.lam_distribution.sample(size, self.generator, device)
+        if self.prob < 1:
+            chosen = torch.rand(size, device=device, generator=self.generator) < self.prob
+            if self.num_samples == 2:
+                return torch.where(chosen, lam, one(device))
+            own = sequence(self.num_samples, device) == 0
+            lam = torch.where(chosen.unsqueeze(-1), lam, own.to(lam.dtype))
+        return lam
+
+    def _draw_box(self, lam: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed as ever."""
+        if image_size is None:
+            raise ValueError("image_size must be given with cutmix_alpha, got None")
+        device, generator = lam.device, self.generator
+        uniform = torch.rand(2, device=device, generator=generator)
+        cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
+        box, box_lam = cutmix.draw_box(self.cutmix.sample((), generator, device), *image_size, generator)
+        box_lam = torch.where(used, box_lam, one(device))
+        return torch.where(cut, box_lam, lam), torch.where(cut, one(device), lam), box * (cut & used)
+
+    def _draw_many(self, labels: Tensor, ids: Tensor | None) -> Draw:
+        """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
+        batch, device, terms = labels.shape[0], labels.device, self.num_samples
+        soft = one_hot(labels, self.num_classes)
+        weights = self._draw_lam(batch, device).expand(batch, terms)
+        others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
+        index = torch.stack([sequence(batch, device), *others], 1)
+        mixed, clean, num_reg, reg_weight = self._layout(batch, device)
+        if mixed is not None:
+            weights, index = weights[mixed], index[mixed]
+        num_mixed = index.shape[0]
+        dense = (weights.unsqueeze(-1) * soft[index]).sum(1)
+        weights, index = weights.reshape(-1), index.reshape(-1)
+        offsets = sequence(num_mixed + 1, device) * terms
+        if clean is not None:
+            dense = torch.cat([dense, soft[clean]])
+            index = torch.cat([index, clean])
+            weights = torch.cat([weights, torch.ones(clean.shape[0], device=device)])
+            offsets = torch.cat([offsets, sequence(clean.shape[0], device) + (num_mixed * terms + 1)])
+        lam = torch.ones(dense.shape[0], device=device)
+        target = MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight)
+        return Draw(index, weights, target, offsets=offsets)

@@ -1,0 +1,153 @@
+"""What a batch may be made of, and what is done to each tensor of it on its way to the model."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .constants import constant
+from .reference import accumulate_dtype
+
+FORMATS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and the dimensions each is for
+
+
+def mixes_by_default(value: Any, batch: int) -> bool:
+    """Whether an entry is mixed where no ``keys`` are named: floating point, or uint8 of 4 or 5 dimensions (images,
+    video), with one row for each sample."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+        return False
+    return value.is_floating_point() or (value.dtype == torch.uint8 and value.dim() in (4, 5))
+
+
+def entries_to_mix(
+    x: Mapping | Sequence, batch: int, keys: Sequence[Hashable] | None, labels_key: Hashable
+) -> dict[Hashable, Tensor]:
+    """The entries of ``x`` to mix, by key (of a mapping) or position.
+
+    Raises:
+        TypeError, ValueError: if one named in ``keys`` is missing or cannot be mixed, or there is none to mix.
+    """
+    entries = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    if keys is None:
+        chosen = {key: value for key, value in entries.items() if mixes_by_default(value, batch) and key != labels_key}
+        if not chosen:
+            raise ValueError(
+                f"x must hold a floating-point tensor or uint8 images of {batch} rows to mix, got entries "
+                f"{', '.join(map(repr, entries))}; keys= names others"
+            )
+        return chosen
+    chosen = {}
+    for key in keys:
+        if key not in entries:
+            raise ValueError(f"keys must name entries of x ({', '.join(map(repr, entries))}), got {key!r}")
+        value = chosen[key] = checks.tensor(f"x[{key!r}]", entries[key])
+        if value.dim() == 0 or value.shape[0] != batch:
+            raise ValueError(f"x[{key!r}] must have {batch} rows, as labels have, got shape {tuple(value.shape)}")
+    return chosen
+
+
+def replaced(x: Mapping | Sequence, changes: dict[Hashable, Any]) -> dict | Sequence:
+    """A copy of ``x`` with some entries replaced, the others being the same objects: a dict of a mapping."""
+    if isinstance(x, Mapping):
+        return {**x, **changes}
+    values = [changes.get(position, value) for position, value in enumerate(x)]
+    return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+
+
+def buffers(out: Mapping | Sequence | None, entries: dict[Hashable, Tensor]) -> dict[Hashable, Tensor | None]:
+    """The buffer of each entry to mix, by its key or position; ValueError if one has none."""
+    if out is None:
+        return dict.fromkeys(entries)
+    if isinstance(out, Tensor) or not isinstance(out, (Mapping, Sequence)):
+        raise TypeError(f"out must be a tuple, list or dict of tensors, as x is, got {type(out).__name__}")
+    given = dict(out) if isinstance(out, Mapping) else dict(enumerate(out))
+    for key in entries:
+        if key not in given:
+            raise ValueError(f"out must have a buffer for each of {', '.join(map(repr, entries))}, {key!r} is missing")
+    return given
+
+
+class Arguments(NamedTuple):
+    """The transform as ``mix`` takes it."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    dtype: torch.dtype | None
+    memory_format: torch.memory_format | None
+
+
+UNCHANGED = Arguments(None, None, None, None)
+
+
+class Transform:
+    """f(x) = (x - mean) / std per channel (dimension 1), in a dtype and a memory format.
+
+    uint8 is divided by 255 first, as by torchvision's ``to_dtype(scale=True)``, and becomes float32 where no dtype is
+    given; a floating-point dtype stays where none is given.
+    """
+
+    def __init__(self, mean, std, dtype: torch.dtype | None, memory_format: torch.memory_format | None):
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
+        self.mean = None if mean is None else self._numbers("mean", mean)
+        self.std = None if std is None else self._numbers("std", std, positive=True)
+        if mean is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"std must have as many values as mean ({len(self.mean)}), got {len(self.std)}")
+        if dtype is not None and dtype not in checks.LOGITS_DTYPES:
+            raise ValueError(f"dtype must be float32, float64, bfloat16, float16 or None, got {dtype}")
+        if memory_format not in (None, torch.contiguous_format, *FORMATS):
+            raise ValueError(
+                f"memory_format must be contiguous_format, channels_last, channels_last_3d or None, got {memory_format}"
+            )
+        self.dtype = dtype
+        self.memory_format = memory_format
+
+    @staticmethod
+    def _numbers(name: str, values, positive: bool = False) -> tuple[float, ...]:
+        values = values.tolist() if isinstance(values, Tensor) else values
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise TypeError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
+        if positive:
+            return tuple(checks.positive(f"{name}[{i}]", value) for i, value in enumerate(values))
+        return tuple(checks.number(f"{name}[{i}]", value, "a number", lambda v: True) for i, value in enumerate(values))
+
+    def arguments(self, name: str, x: Tensor, normalise: bool) -> Arguments:
+        """What ``mix`` is to be called with for ``x``, whose values are normalised or, with False, only cast.
+
+        Raises:
+            TypeError, ValueError: if x has another dtype, or not the channels or dimensions the transform is for.
+        """
+        if x.dtype != torch.uint8:
+            checks.dtype(name, x, checks.LOGITS_DTYPES)
+        if self.memory_format in FORMATS and x.dim() not in FORMATS.values() and normalise:
+            raise ValueError(f"{name} must have 4 or 5 dimensions for {self.memory_format}, got {x.dim()}")
+        memory_format = self.memory_format if FORMATS.get(self.memory_format, x.dim()) == x.dim() else None
+        mean, std, per = self.mean if normalise else None, self.std, 1.0
+        dtype = self.dtype
+        if x.dtype == torch.uint8:
+            per, dtype = 255.0, dtype or torch.float32
+            if mean is None:
+                channels = x.shape[1] if x.dim() >= 2 else 1
+                mean, std = (0.0,) * channels, (1.0,) * channels
+        if mean is None:
+            return Arguments(None, None, dtype, memory_format)
+        if x.dim() < 2 or x.shape[1] != len(mean):
+            raise ValueError(f"{name} must have shape (B, {len(mean)}, ...), got {tuple(x.shape)}")
+        compute = accumulate_dtype(x.dtype)
+
+        def vector(values) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=x.device).to(compute)
+
+        key = (mean, std, per, compute, x.device)
+        scale = constant(("scale", *key), lambda: vector([1 / (per * s) for s in std]))
+        shift = constant(("shift", *key), lambda: vector([-m / s for m, s in zip(mean, std, strict=True)]))
+        return Arguments(scale, shift, dtype, memory_format)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.mean is None and self.dtype is None and self.memory_format is None
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value is not None)

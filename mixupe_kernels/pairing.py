@@ -1,0 +1,121 @@
+"""Whom each sample of a batch is mixed with: a partner in [0, B) for each of B rows.
+
+A pairing is a function ``pairing(size, generator, device, labels=None, ids=None)`` that returns (size,) int64 on
+``device``, drawn from ``generator`` without synchronising. ``labels`` are the batch's, (size,) int64 or (size, C) soft
+(whose class is the largest); ``ids`` are the samples' numbers in the data set, (size,) int64, where the caller gave them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .constants import sequence
+
+
+def random(size, generator, device, labels=None, ids=None) -> Tensor:
+    """A uniformly random permutation (mixup, Zhang et al., 2018); a sample may meet itself."""
+    return torch.randperm(size, generator=generator, device=device)
+
+
+def flip(size, generator, device, labels=None, ids=None) -> Tensor:
+    """partner(i) = size - 1 - i, as timm's ``Mixup``."""
+    return torch.arange(size - 1, -1, -1, device=device)
+
+
+def roll(size, generator, device, labels=None, ids=None) -> Tensor:
+    """partner(i) = i - 1 modulo size, as torchvision's ``v2.MixUp``, which rolls the batch by one."""
+    return sequence(size, device).roll(1)
+
+
+def derangement(size, generator, device, labels=None, ids=None) -> Tensor:
+    """A random permutation without fixed points: one cycle through all rows, uniform over such cycles.
+
+    Each other row is a partner with the same probability. A batch of one row is its own partner.
+    """
+    order = torch.randperm(size, generator=generator, device=device)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def _classes(labels: Tensor | None, size: int) -> Tensor:
+    if labels is None:
+        raise ValueError(f"labels must be given to pair {size} samples by class, got None")
+    return labels.argmax(1) if labels.dim() > 1 else labels
+
+
+def same_class(size, generator, device, labels=None, ids=None) -> Tensor:
+    """A permutation, uniformly random within each class."""
+    classes = _classes(labels, size)
+    shuffled = torch.randperm(size, generator=generator, device=device)
+    # Both orders list the classes in the same order, the second with each class shuffled.
+    order = classes.argsort(stable=True)
+    other = shuffled[classes[shuffled].argsort(stable=True)]
+    return torch.empty_like(order).scatter_(0, order, other)
+
+
+def different_class(size, generator, device, labels=None, ids=None) -> Tensor:
+    """For each sample, uniformly one of those of another class, not one-to-one; itself where there is no other class."""
+    ascending, order = _classes(labels, size).sort(stable=True)
+    first = torch.searchsorted(ascending, ascending)
+    last = torch.searchsorted(ascending, ascending, right=True)
+    others = size - (last - first)
+    uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=device)
+    # The rows of other classes are the `others` that follow the class's own, cyclically.
+    chosen = (last + (uniform * others).long()) % max(size, 1)
+    chosen = torch.where(others > 0, chosen, sequence(size, device))
+    return torch.empty_like(order).scatter_(0, order, order[chosen])
+
+
+class Neighbors:
+    """For each sample, one of its nearest neighbours that are in the batch, uniformly (mixup, Zhang et al., 2018, §3.8).
+
+    Args:
+        index: (M, k) int64 in [0, M): the numbers of each sample's nearest neighbours in a data set of M samples, without
+            itself.
+
+    Raises:
+        TypeError, ValueError: for another dtype, shape or value.
+
+    The batch is given with its samples' numbers, ``mixup_fn(x, labels, ids=ids)``; without them M must be the size of
+    the batch, and index is about its rows. A sample none of whose neighbours are in the batch is its own partner.
+    """
+
+    def __init__(self, index: Tensor):
+        checks.tensor("index", index)
+        checks.dtype("index", index, (torch.int64,))
+        if index.dim() != 2 or 0 in index.shape:
+            raise ValueError(f"index must have shape (M, k), both >= 1, got {tuple(index.shape)}")
+        lowest, highest = (int(bound) for bound in index.aminmax())
+        if lowest < 0 or highest >= index.shape[0]:
+            raise ValueError(f"index must be in [0, {index.shape[0] - 1}], got values from {lowest} to {highest}")
+        self.index = index
+
+    def __call__(self, size, generator, device, labels=None, ids=None) -> Tensor:
+        self.index = self.index.to(device)
+        total = self.index.shape[0]
+        rows = sequence(size, device)
+        if ids is None:
+            if size != total:
+                raise ValueError(f"ids must be given where the batch ({size}) is not the indexed data set ({total})")
+            ids = rows
+        row_of = torch.full((total,), -1, device=device).scatter_(0, ids, rows)
+        candidates = row_of[self.index[ids]]
+        score = torch.rand(candidates.shape, generator=generator, device=device)
+        best, position = score.masked_fill_(candidates < 0, -1).max(1)
+        return torch.where(best < 0, rows, candidates.gather(1, position.unsqueeze(1)).squeeze(1))
+
+
+PAIRINGS: dict[str, Callable[..., Tensor]] = {
+    "random": random,
+    "flip": flip,
+    "roll": roll,
+    "derangement": derangement,
+    "same_class": same_class,
+    "different_class": different_class,
+}
+
+
+def as_pairing(value: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The pairing of that name, or ``value`` itself if it is callable; ValueError otherwise."""
+    return value if callable(value) else PAIRINGS[checks.choice("pairing", value, tuple(PAIRINGS))]

@@ -1,0 +1,159 @@
+"""CutMix in the same object: boxes, their λ, what is pasted, and that it alternates with mixup."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mixupe_kernels as mk
+from mixupe_kernels import cutmix
+
+MEAN, STD = (0.4, 0.5), (0.2, 0.3)
+
+
+def expected_rows(draw, x):
+    """The mixed rows of a draw from the definition, in float64; x normalised already."""
+    count = draw.target.num_mixed
+    rows = torch.arange(len(x)) if draw.rows is None else draw.rows[:count]
+    own, other = x.double()[rows], x.double()[draw.partner[:count]]
+    lam = draw.lam.double().expand(len(draw.target.lam))[:count].reshape(-1, *[1] * (x.dim() - 1))
+    mixed = lam * own + (1 - lam) * other
+    top, bottom, left, right = draw.box.tolist()
+    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return mixed
+
+
+def call_and_draw(fn, x, labels):
+    state = fn.generator.get_state()
+    draw = fn.draw(labels, image_size=tuple(x.shape[-2:]))
+    fn.generator.set_state(state)
+    fn.steps -= 1
+    return fn(x, labels), draw
+
+
+@given(lam=st.floats(0, 1), height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_lam_is_the_share_outside_the_box(lam, height, width, seed):
+    box, area_lam = cutmix.draw_box(torch.tensor(lam), height, width, torch.Generator().manual_seed(seed))
+    top, bottom, left, right = box.tolist()
+    assert 0 <= top <= bottom <= height and 0 <= left <= right <= width
+    assert area_lam.item() == pytest.approx(1 - (bottom - top) * (right - left) / (height * width), abs=1e-6)
+    assert 0 <= area_lam <= 1 and area_lam.item() >= lam - 1e-6  # clipping only makes the box smaller
+
+
+def test_box_of_half_the_area_where_it_fits():
+    generator = torch.Generator().manual_seed(0)
+    boxes = [cutmix.draw_box(torch.tensor(0.75), 64, 32, generator)[0].tolist() for _ in range(200)]
+    inside = [(low - top, right - left) for top, low, left, right in boxes if top and low < 64 and left and right < 32]
+    assert inside and set(inside) == {(32, 16)}  # sqrt(1 - 0.75) = 1/2 of each side
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clean_fraction": 1 / 4}, {"clean_fraction": 1 / 4, "split": True}, {"regularize": "mixed"}]
+)
+@pytest.mark.parametrize("pairing", ["random", "flip"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rows(options, pairing, dtype, backend):
+    x = torch.randint(0, 256, (16, 2, 9, 7), dtype=torch.uint8)
+    values = (x.double() / 255 - torch.tensor(MEAN).double().view(2, 1, 1)) / torch.tensor(STD).double().view(2, 1, 1)
+    if dtype == torch.float32:
+        x = x.float() / 255
+    labels = torch.arange(16)
+    generator = torch.Generator().manual_seed(0)
+    fn = mk.MixupE(cutmix_alpha=1.0, pairing=pairing, mean=MEAN, std=STD, generator=generator, **options)
+    cut = 0
+    for _ in range(8):
+        (rows, target), draw = call_and_draw(fn, x, labels)
+        top, bottom, left, right = draw.box.tolist()
+        cut += bottom > top and right > left
+        torch.testing.assert_close(rows[: target.num_mixed].double(), expected_rows(draw, values), rtol=1e-5, atol=1e-5)
+        clean = values[draw.rows[target.num_mixed :]] if draw.rows is not None else values[:0]
+        torch.testing.assert_close(rows[target.num_mixed :].double(), clean, rtol=1e-5, atol=1e-5)
+        if bottom > top and right > left:  # the label's λ is the share of pixels that stayed
+            assert target.lam[0].item() == pytest.approx(1 - (bottom - top) * (right - left) / 63, abs=1e-6)
+        assert bool((target.lam[: target.num_mixed] == target.lam[0]).all())
+        assert bool((target.lam[target.num_mixed :] == 1).all())
+        assert float(target.reg_weight) == pytest.approx(1 / 3)
+    assert 0 < cut < 8
+
+
+def test_the_path_without_a_host_read_gives_the_same_rows():
+    """What a device runs, where reading the box back would synchronise: the graph of it, on the CPU."""
+    x, labels = torch.randn(8, 3, 9, 7), torch.arange(8)
+    fn = mk.MixupE(cutmix_alpha=1.0, switch_prob=1.0, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+
+    def run(x, draw):
+        arguments = fn.transform.arguments("x", x, True)
+        out = torch.ops.mixupe.mix(x, draw.partner, draw.lam, draw.rows, *arguments)
+        cutmix.paste_box(out, x, draw.partner[:8], draw.box, arguments)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        draw = fn.draw(labels, image_size=(9, 7))
+        torch.testing.assert_close(compiled(x, draw), run(x, draw))
+
+
+def test_switch_prob_and_prob():
+    x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+
+    def share(**options):
+        fn = mk.Mixup(cutmix_alpha=1.0, generator=torch.Generator().manual_seed(0), **options)
+        draws = [fn.draw(labels, image_size=(8, 8)) for _ in range(1000)]
+        cut = sum(bool(draw.box.any()) for draw in draws)
+        mixed = sum(bool(draw.lam < 1) for draw in draws)
+        assert all(bool(draw.lam == 1) for draw in draws if draw.box.any())
+        return cut / 1000, mixed / 1000
+
+    cut, mixed = share(switch_prob=0.0)
+    assert cut == 0 and mixed > 0.99
+    cut, mixed = share(switch_prob=1.0)
+    assert cut > 0.8 and mixed == 0
+    cut, mixed = share(switch_prob=0.25)
+    assert abs(mixed - 0.75) < 4 * (0.25 * 0.75 / 1000) ** 0.5
+    assert share(prob=0.0) == (0, 0)
+    fn = mk.Mixup(cutmix_alpha=1.0, switch_prob=1.0, prob=0.0)
+    rows, target = fn(x, labels)
+    assert torch.equal(rows, x) and bool((target.lam == 1).all())
+
+
+def test_out_video_and_gradients(backend):
+    x = torch.randn(4, 2, 3, 8, 8)
+    options = {"cutmix_alpha": 1.0, "switch_prob": 1.0}
+    out = torch.full((8, 2, 3, 8, 8), float("nan"))
+    rows, _ = mk.MixupE(generator=torch.Generator().manual_seed(4), **options)(x, torch.arange(4), out=out)
+    assert rows is out
+    x.requires_grad_()
+    fresh, _ = mk.MixupE(generator=torch.Generator().manual_seed(4), **options)(x, torch.arange(4))
+    assert torch.equal(fresh, out)
+    (gradient,) = torch.autograd.grad(fresh[:4].sum(), x)
+    # Each pixel of the mixed rows is one pixel of x, so the gradient counts them.
+    assert gradient.sum().item() == pytest.approx(x.numel())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: mk.Mixup(cutmix_alpha=0), ValueError, "cutmix_alpha must be a number > 0, got 0"),
+        (lambda x: mk.Mixup(switch_prob=2), ValueError, r"switch_prob must be a number in \[0, 1\]"),
+        (
+            lambda x: mk.Mixup(cutmix_alpha=1.0, per_sample=True),
+            ValueError,
+            "per_sample must be False with cutmix_alpha",
+        ),
+        (lambda x: mk.Mixup(cutmix_alpha=1.0, num_samples=3), ValueError, "cutmix_alpha must be None with num_samples"),
+        (
+            lambda x: mk.Mixup(cutmix_alpha=1.0)(x.flatten(1), torch.arange(4)),
+            ValueError,
+            r"x must have shape \(B, ..., H, W\)",
+        ),
+        (
+            lambda x: mk.Mixup(cutmix_alpha=1.0)((x, x[..., 1:]), torch.arange(4)),
+            ValueError,
+            "one H and W for all",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(4, 1, 8, 8))
