@@ -109,9 +109,7 @@ def authors_loss(version, model, x_mixed, y_mixed, x, y, x_mean, eta, weight, t=
     return total * (mix_loss.abs() / total.abs()).detach()
 
 
-@pytest.mark.parametrize(
-    "version, penalty", [(1, "threshold"), (2, "abs"), (3, "threshold"), (4, "linear_detached")]
-)
+@pytest.mark.parametrize("version, penalty", [(1, "threshold"), (2, "abs"), (3, "threshold"), (4, "linear_detached")])
 def test_the_authors_four_versions(version, penalty):
     model = mlp()
     x, x_mean = torch.randn(6, 4, dtype=torch.double), torch.randn(4, dtype=torch.double)

@@ -119,4 +119,6 @@ def test_peak_memory_is_a_chunk():
 def test_bad_input(change, error, message):
     hidden, weight, bias, target = problem(torch.float32)
     with pytest.raises(error, match=message):
-        mk.linear_mixupe_loss(**{"hidden": hidden, "weight": weight, "target": target, "bias": bias, "eta": 0.1, **change})
+        mk.linear_mixupe_loss(
+            **{"hidden": hidden, "weight": weight, "target": target, "bias": bias, "eta": 0.1, **change}
+        )

@@ -14,7 +14,9 @@ def test_mixed_accuracy_is_the_definition():
     actual = mk.mixed_accuracy(logits, target, topk=(1, 3))
     for position, k in enumerate((1, 3)):
         found = [set(row.argsort(descending=True)[:k].tolist()) for row in logits]
-        mixed = [lam[i] * (labels[i].item() in found[i]) + (1 - lam[i]) * (partner[i].item() in found[i]) for i in range(12)]
+        mixed = [
+            lam[i] * (labels[i].item() in found[i]) + (1 - lam[i]) * (partner[i].item() in found[i]) for i in range(12)
+        ]
         clean = [float(labels[i].item() in found[i]) for i in range(12, 20)]
         torch.testing.assert_close(actual.mixed[position], sum(mixed) / 12)
         torch.testing.assert_close(actual.clean[position], torch.tensor(sum(clean) / 8))
@@ -29,7 +31,9 @@ def test_soft_labels_count_as_their_largest_class():
     assert mk.mixed_accuracy(logits, hard).clean.isnan().all()
 
 
-@pytest.mark.parametrize("topk, message", [((7,), "topk must be at most the 6 classes, got 7"), ((0,), "topk must be an int")])
+@pytest.mark.parametrize(
+    "topk, message", [((7,), "topk must be at most the 6 classes, got 7"), ((0,), "topk must be an int")]
+)
 def test_topk_is_checked(topk, message):
     labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):

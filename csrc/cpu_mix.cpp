@@ -1,0 +1,424 @@
+// mix, and the sums and dot products of rows its gradients are made of, on the CPU: loops over tiles of a sample.
+//
+// Tiles come first and samples second, so that when a sample meets its partner the partner's tile is still in cache:
+// memory sees one read of x and one write of out (the floor) whatever the pairing.
+#include <algorithm>
+
+#include "cpu.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+namespace mixupe {
+namespace {
+
+// Beyond the last-level cache a result will be read back from memory anyway, and non-temporal stores spare the read
+// of each line before it is written.
+const int64_t last_level_cache = [] {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t(32) << 20;
+}();
+
+// Copies past the caches; `source` is a small buffer in the first-level cache.
+MIXUPE_FN void stream_bytes(void* destination, const void* source, int64_t bytes) {
+#ifdef __SSE2__
+  char* to = static_cast<char*>(destination);
+  const char* from = static_cast<const char*>(source);
+  const int64_t head = std::min<int64_t>((-reinterpret_cast<uintptr_t>(to)) & 15, bytes);
+  std::memcpy(to, from, head);
+  const int64_t body = (bytes - head) / 16 * 16;
+  for (int64_t i = head; i < head + body; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  std::memcpy(to + head + body, from + head + body, bytes - head - body);
+#else
+  std::memcpy(destination, source, bytes);
+#endif
+}
+
+MIXUPE_FN void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// A pass over samples that are flat runs of elements, in tiles: items are (tile, chunk of rows), tiles outermost.
+struct Tiling {
+  int64_t sample, rows, rows_per_chunk, chunks, tiles;
+
+  Tiling(int64_t sample_size, int64_t row_count) : sample(sample_size), rows(row_count) {
+    tiles = (sample + block_size - 1) / block_size;
+    // Few tiles (short samples): rows share the work out as well.
+    rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, sample));
+    chunks = rows ? (rows + rows_per_chunk - 1) / rows_per_chunk : 0;
+  }
+
+  template <typename F>
+  void parallel(const F& body) const {
+    const int64_t elements = std::min(block_size, sample) * std::min(rows_per_chunk, rows);
+    const int64_t grain = elements > 0 ? std::max<int64_t>(1, elements_per_thread / elements) : 1;
+    torch::stable::parallel_for(0, tiles * chunks, grain, body);
+  }
+
+  struct Item {
+    int64_t start, n, row_begin, row_end;
+  };
+
+  MIXUPE_FN Item item(int64_t index) const {
+    const int64_t start = index / chunks * block_size, row_begin = index % chunks * rows_per_chunk;
+    return {start, std::min(block_size, sample - start), row_begin, std::min(row_begin + rows_per_chunk, rows)};
+  }
+};
+
+// Reads a tile of some dtype into the accumulation dtype, or writes one from it. Kernels take the two as pointers: a
+// call a tile costs nothing, and spares compiling every loop for every pair of dtypes.
+template <typename T>
+using ReadTile = void (*)(const void* x, int64_t n, T* block);
+template <typename T>
+using WriteTile = void (*)(const T* block, int64_t n, bool stream, void* out);
+
+template <typename In>
+MIXUPE_SIMD void read_tile(const void* x, int64_t n, Accumulate<In>* block) {
+  const In* values = static_cast<const In*>(x);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = widen(values[i]);
+}
+
+template <typename T, typename Out>
+MIXUPE_SIMD void write_tile(const T* block, int64_t n, bool stream, void* out) {
+  if constexpr (std::is_same_v<T, Out>) {
+    if (stream) return stream_bytes(out, block, n * sizeof(T));
+    std::memcpy(out, block, n * sizeof(T));
+  } else if (stream) {
+    alignas(64) Out narrowed[block_size];
+    store_block(block, n, narrowed);
+    stream_bytes(out, narrowed, n * sizeof(Out));
+  } else {
+    store_block(block, n, static_cast<Out*>(out));
+  }
+}
+
+template <typename In>
+struct MixJob {
+  using T = Accumulate<In>;
+  const In* x;
+  char* out;
+  int64_t x_stride, out_stride;  // in elements of x, in bytes of out
+  int64_t batch, count;
+  Vector<int64_t> partner, rows;
+  Vector<T> lam, scale, shift;
+  int64_t channels, channel_stride;
+  int64_t out_size;  // bytes of one element
+  WriteTile<T> write;
+  bool stream, direct;  // direct: out holds T and is written in place
+
+  MIXUPE_FN char* out_tile(int64_t row, int64_t start) const { return out + row * out_stride + start * out_size; }
+};
+
+template <typename T>
+struct Affine {
+  alignas(64) T scale[block_size];
+  alignas(64) T shift[block_size];
+};
+
+// The channel's scale and shift of each element of a tile: computed once a tile, used by every sample.
+template <typename In, typename T>
+MIXUPE_FN void fill_affine(const MixJob<In>& job, int64_t start, int64_t n, Affine<T>& affine) {
+  int64_t channel = start / job.channel_stride % job.channels, left = job.channel_stride - start % job.channel_stride;
+  for (int64_t i = 0; i < n; ++i) {
+    affine.scale[i] = job.scale[channel];
+    affine.shift[i] = job.shift[channel];
+    if (--left == 0) left = job.channel_stride, channel = channel + 1 == job.channels ? 0 : channel + 1;
+  }
+}
+
+template <typename In, typename T>
+MIXUPE_FN void mix_block(const In* own, const In* other, T lam, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = mix(T(widen(own[i])), T(widen(other[i])), lam);
+}
+
+template <typename In, typename T>
+MIXUPE_FN void widen_block(const In* x, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = widen(x[i]);
+}
+
+// λ·own + (1 - λ)·other of one tile, into `block`; a sample of weight 0 is not read.
+template <typename In, typename T>
+MIXUPE_FN void combine(const In* own, const In* other, T lam, int64_t n, const Affine<T>* affine, T* block) {
+  if (lam == T(1)) {
+    widen_block(own, n, block);
+  } else if (lam == T(0)) {
+    widen_block(other, n, block);
+  } else {
+    mix_block(own, other, lam, n, block);
+  }
+  if (affine) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) block[i] = block[i] * affine->scale[i] + affine->shift[i];
+  }
+}
+
+template <typename In>
+MIXUPE_SIMD void mix_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+  using T = Accumulate<In>;
+  alignas(64) T block[block_size];
+  Affine<T> affine;
+  int64_t affine_start = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const Tiling::Item item = tiling.item(index);
+    if (job.scale && affine_start != item.start) fill_affine(job, affine_start = item.start, item.n, affine);
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+      const int64_t own = job.rows ? job.rows[row] : row;
+      const int64_t other = job.partner ? job.partner[row] : job.batch - 1 - own;
+      char* out = job.out_tile(row, item.start);
+      T* target = job.direct ? reinterpret_cast<T*>(out) : block;
+      combine(job.x + own * job.x_stride + item.start, job.x + other * job.x_stride + item.start, job.lam[row], item.n,
+              job.scale ? &affine : nullptr, target);
+      if (!job.direct) job.write(target, item.n, job.stream, out);
+    }
+  }
+  if (job.stream) finish_streaming();
+}
+
+// The flip pairing of a whole batch, two rows at a time: each pair is read before either is written, so that out may
+// be x. Rows of the tiling are pairs.
+template <typename In>
+MIXUPE_SIMD void flip_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+  using T = Accumulate<In>;
+  alignas(64) T first[block_size], second[block_size];
+  Affine<T> affine;
+  int64_t affine_start = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const Tiling::Item item = tiling.item(index);
+    if (job.scale && affine_start != item.start) fill_affine(job, affine_start = item.start, item.n, affine);
+    const Affine<T>* channels = job.scale ? &affine : nullptr;
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+      const int64_t mirror = job.batch - 1 - row;
+      const In* own = job.x + row * job.x_stride + item.start;
+      const In* other = job.x + mirror * job.x_stride + item.start;
+      combine(own, other, job.lam[row], item.n, channels, first);
+      combine(other, own, job.lam[mirror], item.n, channels, second);
+      job.write(first, item.n, job.stream, job.out_tile(row, item.start));
+      job.write(second, item.n, job.stream, job.out_tile(mirror, item.start));
+    }
+  }
+  if (job.stream) finish_streaming();
+}
+
+void check_rows(const char* name, const Vector<int64_t>& rows, int64_t count, int64_t batch) {
+  for (int64_t i = 0; rows && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= batch) fail(name, " must be in [0, ", batch - 1, "], got ", rows[i]);
+}
+
+template <typename T>
+void check_weights(const Vector<T>& lam, int64_t count) {
+  for (int64_t i = 0; i < (lam.stride ? count : std::min<int64_t>(count, 1)); ++i)
+    if (!(lam[i] >= T(0) && lam[i] <= T(1))) fail("lam must be in [0, 1], got ", shortest(lam[i]));
+}
+
+struct MixArguments {
+  const OptionalTensor &partner, &rows;
+  const Tensor& lam;
+  const OptionalTensor &scale, &shift;
+};
+
+template <typename T>
+WriteTile<T> tile_writer(ScalarType dtype) {
+  WriteTile<T> write = nullptr;
+  with_mixable_type(dtype, [&](auto type) { write = write_tile<T, decltype(type)>; });
+  return write;
+}
+
+template <typename In>
+MixJob<In> mix_job(const MixCall& call, const MixArguments& arguments) {
+  using T = Accumulate<In>;
+  MixJob<In> job{};
+  job.x = static_cast<const In*>(call.x.const_data_ptr());
+  job.out = static_cast<char*>(call.out.mutable_data_ptr());
+  job.out_size = static_cast<int64_t>(call.out.element_size());
+  job.x_stride = call.x.stride(0), job.out_stride = call.out.stride(0) * job.out_size;
+  job.batch = call.batch, job.count = call.count;
+  job.channels = call.channels, job.channel_stride = call.channel_stride;
+  job.partner = vector_of<int64_t>("partner", arguments.partner, call.count, call.x);
+  job.rows = vector_of<int64_t>("rows", arguments.rows, call.count, call.x);
+  job.lam = row_weights<T>("lam", arguments.lam, call.count, call.x);
+  job.scale = vector_of<T>("scale", arguments.scale, call.channels, call.x);
+  job.shift = vector_of<T>("shift", arguments.shift, call.channels, call.x);
+  check_rows("partner", job.partner, call.count, call.batch);
+  check_rows("rows", job.rows, call.count, call.batch);
+  check_weights(job.lam, call.count);
+  job.write = tile_writer<T>(call.out.scalar_type());
+  job.stream = call.count * call.sample * job.out_size > last_level_cache;
+  job.direct = !job.stream && call.out.scalar_type() == dtype_of<T>();
+  return job;
+}
+
+void run_mix(const MixCall& call, const MixArguments& arguments) {
+  with_mixable_type(call.x.scalar_type(), [&](auto type) {
+    const MixJob<decltype(type)> job = mix_job<decltype(type)>(call, arguments);
+    if (call.count == 0 || call.sample == 0) return;
+    const bool pairs = !job.partner && !job.rows;
+    const Tiling tiling(call.sample, pairs ? (call.count + 1) / 2 : call.count);
+    tiling.parallel([&](int64_t begin, int64_t end) {
+      pairs ? flip_rows(job, tiling, begin, end) : mix_rows(job, tiling, begin, end);
+    });
+  });
+}
+
+Tensor mix_samples(
+    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
+    const OptionalTensor& scale, const OptionalTensor& shift, std::optional<ScalarType> dtype,
+    std::optional<MemoryFormat> memory_format) {
+  const ScalarType out_dtype = dtype ? *dtype : x.scalar_type();
+  const int64_t count = check_mix(x, partner, rows, scale, shift, out_dtype);
+  const MixCall call = plan_mix(x, count, out_dtype, memory_format);
+  run_mix(call, {partner, rows, lam, scale, shift});
+  return call.out;
+}
+
+void mix_samples_out(
+    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
+    const OptionalTensor& scale, const OptionalTensor& shift, Tensor out) {
+  const int64_t count = check_mix(x, partner, rows, scale, shift, out.scalar_type());
+  const MixCall call = plan_mix_out(x, count, out, !partner && !rows);
+  run_mix(call, {partner, rows, lam, scale, shift});
+  if (call.out.get() != out.get()) torch::stable::copy_(out, call.out);
+}
+
+template <typename In>
+struct GatherJob {
+  using T = Accumulate<In>;
+  const In* src;
+  In* out;
+  int64_t src_stride, out_stride;
+  Vector<int64_t> index, offsets;
+  Vector<T> weight;
+};
+
+template <typename In>
+MIXUPE_SIMD void gather_rows(const GatherJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+  using T = Accumulate<In>;
+  alignas(64) T block[block_size];
+  for (int64_t item_index = begin; item_index < end; ++item_index) {
+    const Tiling::Item item = tiling.item(item_index);
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+      std::memset(block, 0, item.n * sizeof(T));
+      for (int64_t t = job.offsets[row]; t < job.offsets[row + 1]; ++t) {
+        const In* src = job.src + job.index[t] * job.src_stride + item.start;
+        const T weight = job.weight[t];
+#pragma omp simd
+        for (int64_t i = 0; i < item.n; ++i) block[i] += weight * T(widen(src[i]));
+      }
+      store_block(block, item.n, job.out + row * job.out_stride + item.start);
+    }
+  }
+}
+
+Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor& weight, const Tensor& offsets) {
+  require(src_argument.dim() >= 1 && is_float(src_argument.scalar_type()),
+          "src must be a float tensor of at least one dimension");
+  require(index.dim() == 1, "index must have one dimension");
+  require(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must have one dimension and at least one element");
+  const Tensor src = with_samples(src_argument, MemoryFormat::Contiguous);
+  const int64_t terms = index.size(0), rows = offsets.size(0) - 1, sample = sample_size(src);
+  std::vector<int64_t> sizes = sizes_of(src);
+  sizes[0] = rows;
+  Tensor out = allocate(src, src.scalar_type(), sizes);
+  with_float_type(src.scalar_type(), [&](auto type) {
+    using In = decltype(type);
+    const GatherJob<In> job{static_cast<const In*>(src.const_data_ptr()), static_cast<In*>(out.mutable_data_ptr()),
+                            src.stride(0), out.stride(0), vector_of<int64_t>("index", index, terms, src),
+                            vector_of<int64_t>("offsets", offsets, rows + 1, src),
+                            vector_of<Accumulate<In>>("weight", weight, terms, src)};
+    check_rows("index", job.index, terms, src.size(0));
+    require(job.offsets[0] == 0 && job.offsets[rows] == terms, "offsets must go from 0 to ", terms);
+    for (int64_t row = 0; row < rows; ++row)
+      require(job.offsets[row] <= job.offsets[row + 1], "offsets must ascend");
+    if (sample == 0) return;
+    const Tiling tiling(sample, rows);
+    tiling.parallel([&](int64_t begin, int64_t end) { gather_rows(job, tiling, begin, end); });
+  });
+  return out;
+}
+
+template <typename T>
+struct DotJob {
+  const char *a, *b;
+  int64_t a_stride, b_stride, a_size, b_size, sample;  // strides and sizes in bytes
+  ReadTile<T> read_a, read_b;
+  Vector<int64_t> a_index, b_index;
+  T* out;
+};
+
+template <typename T>
+MIXUPE_SIMD void dot_rows(const DotJob<T>& job, int64_t begin, int64_t end) {
+  alignas(64) T a[block_size], b[block_size];
+  for (int64_t row = begin; row < end; ++row) {
+    double total = 0;
+    for (int64_t start = 0; start < job.sample; start += block_size) {
+      const int64_t n = std::min(block_size, job.sample - start);
+      job.read_a(job.a + job.a_index[row] * job.a_stride + start * job.a_size, n, a);
+      job.read_b(job.b + job.b_index[row] * job.b_stride + start * job.b_size, n, b);
+      T sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+      total += sum;
+    }
+    job.out[row] = static_cast<T>(total);
+  }
+}
+
+template <typename T>
+ReadTile<T> tile_reader(ScalarType dtype) {
+  ReadTile<T> read = nullptr;
+  with_mixable_type(dtype, [&](auto type) {
+    if constexpr (std::is_same_v<Accumulate<decltype(type)>, T>) read = read_tile<decltype(type)>;
+  });
+  require(read, "a and b must both be float64, or neither");
+  return read;
+}
+
+Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor& a_index, const Tensor& b_index) {
+  require(a_argument.dim() >= 1 && a_argument.dim() == b_argument.dim(), "a and b must have the same dimensions");
+  for (int64_t d = 1; d < a_argument.dim(); ++d)
+    require(a_argument.size(d) == b_argument.size(d), "a and b must have samples of the same shape");
+  require(a_index.dim() == 1, "a_index must have one dimension");
+  require_device("b", b_argument, a_argument);
+  const MemoryFormat format = row_format(a_argument);
+  const Tensor a = with_samples(a_argument, format), b = with_samples(b_argument, format);
+  const int64_t count = a_index.size(0), sample = sample_size(a);
+  const ScalarType dtype = accumulate_dtype(a.scalar_type());
+  Tensor out = allocate(a, dtype, {count});
+  with_float_type(dtype, [&](auto type) {
+    using T = Accumulate<decltype(type)>;
+    const auto a_size = static_cast<int64_t>(a.element_size()), b_size = static_cast<int64_t>(b.element_size());
+    const DotJob<T> job{static_cast<const char*>(a.const_data_ptr()), static_cast<const char*>(b.const_data_ptr()),
+                        a.stride(0) * a_size, b.stride(0) * b_size, a_size, b_size, sample,
+                        tile_reader<T>(a.scalar_type()), tile_reader<T>(b.scalar_type()),
+                        vector_of<int64_t>("a_index", a_index, count, a),
+                        vector_of<int64_t>("b_index", b_index, count, a), static_cast<T*>(out.mutable_data_ptr())};
+    check_rows("a_index", job.a_index, count, a.size(0));
+    check_rows("b_index", job.b_index, count, b.size(0));
+    parallel_rows(count, sample, [&](int64_t begin, int64_t end) { dot_rows(job, begin, end); });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mixupe, CPU, m) {
+  m.impl("mix", TORCH_BOX(&mix_samples));
+  m.impl("mix_out", TORCH_BOX(&mix_samples_out));
+  m.impl("gather_sum", TORCH_BOX(&gather_sum));
+  m.impl("row_dot", TORCH_BOX(&row_dot));
+}
+
+}  // namespace mixupe

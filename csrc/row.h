@@ -1,0 +1,226 @@
+// The arithmetic of one row of logits and of one mixed element, once for every backend: host and device, float and
+// double. Loops, layouts and dtypes belong to the backends; this file needs nothing but <cmath>.
+//
+// z logits, p = softmax(z), y targets, CE = -Σ y log p, H = -Σ p log p, lse = log Σ e^z, q̂ = H - CE (+ (Σy - 1)·lse).
+#pragma once
+#include <cmath>
+
+#ifdef __CUDACC__
+#define MIXUPE_FN __host__ __device__ __forceinline__
+#else
+#define MIXUPE_FN inline __attribute__((always_inline))
+#endif
+
+namespace mixupe {
+
+// exp
+
+// Below this, e^x is 0 to the operators: it is under the smallest normal float (e^-87.34), so that a logit of -∞ adds
+// 0 to every sum and the product of e^x with a clamped x is never 0·∞.
+template <typename T>
+MIXUPE_FN T exp_floor() {
+  return sizeof(T) == 8 ? T(-708) : T(-87);
+}
+
+// d clamped from below; NaN passes through.
+template <typename T>
+MIXUPE_FN T clamp_exponent(T d) {
+  return d < exp_floor<T>() ? exp_floor<T>() : d;
+}
+
+// e^x for x up to about 88, written so that compilers vectorize it: 2^n · e^r with r = x - n·log 2 in ±log(2)/2, and
+// e^r by a polynomial of degree 6 fitted for least relative error (3.1e-9; with rounding 1.0e-7, which
+// tests/test_row.py holds it to).
+MIXUPE_FN float exp_fast(float x) {
+#ifdef __CUDA_ARCH__
+  return x < exp_floor<float>() ? 0.f : __expf(x);
+#else
+  const float shifter = 12582912.f;  // 1.5·2^23: adding it rounds to an integer, held in the low bits
+  const float shifted = x * 1.44269504f + shifter;
+  int bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  const float n = shifted - shifter;
+  const float r = (x - n * 0.693145752f) - n * 1.4286068e-6f;  // log 2 in two parts: the first times n is exact
+  float tail = 0.0013814535923302174f;
+  tail = tail * r + 0.00836874544620514f;
+  tail = tail * r + 0.04166839271783829f;
+  tail = tail * r + 0.1666652113199234f;
+  tail = tail * r + 0.4999999403953552f;
+  const float e_r = 1.f + (r + r * r * tail);
+  bits = (bits - 0x4b400000 + 127) << 23;  // 0x4b400000 are the bits of the shifter
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return x < exp_floor<float>() ? 0.f : e_r * power;
+#endif
+}
+
+MIXUPE_FN double exp_fast(double x) { return x < exp_floor<double>() ? 0. : std::exp(x); }
+
+// log(1 + e) for e in [0, 1]: 2·atanh(t), t = e / (2 + e) ≤ 1/3, by its series; the first term left out is under 2e-9.
+MIXUPE_FN float log1p_unit(float e) {
+  const float t = e / (2.f + e), u = t * t;
+  float series = 1.f / 15;
+  series = series * u + 1.f / 13;
+  series = series * u + 1.f / 11;
+  series = series * u + 1.f / 9;
+  series = series * u + 1.f / 7;
+  series = series * u + 1.f / 5;
+  series = series * u + 1.f / 3;
+  return 2.f * (t + t * u * series);
+}
+
+MIXUPE_FN double log1p_unit(double e) { return std::log1p(e); }
+
+// Softmax rows
+
+// max m, Σ e^{z-m}, Σ e^{z-m}(z-m): all that CE, H and lse need, mergeable over any split of the row.
+template <typename T>
+struct Stats {
+  T max, sum, weighted;
+};
+
+template <typename T>
+MIXUPE_FN Stats<T> empty_stats() {
+  return {T(-INFINITY), T(0), T(0)};
+}
+
+// Adds one logit to the sums of a row whose maximum is known.
+template <typename T>
+MIXUPE_FN void add_logit(T z, T max, T& sum, T& weighted) {
+  const T d = z - max;
+  const T e = exp_fast(d);
+  sum += e;
+  weighted += e * clamp_exponent(d);
+}
+
+// What to subtract from logits whose maximum is `max`: -∞ (every class so far masked) would make -∞ - -∞.
+template <typename T>
+MIXUPE_FN T finite_shift(T max) {
+  return max == T(-INFINITY) ? T(0) : max;
+}
+
+template <typename T>
+MIXUPE_FN Stats<T> merge(Stats<T> a, Stats<T> b) {
+  const T max = a.max > b.max ? a.max : b.max;
+  const T da = clamp_exponent(a.max - finite_shift(max)), db = clamp_exponent(b.max - finite_shift(max));
+  const T ea = exp_fast(a.max - finite_shift(max)), eb = exp_fast(b.max - finite_shift(max));
+  return {max, a.sum * ea + b.sum * eb, ea * (a.weighted + da * a.sum) + eb * (b.weighted + db * b.sum)};
+}
+
+// log Σ e^{z-m}: lse without the shift. A row of nothing but -∞ has no softmax: NaN, as torch.softmax gives.
+template <typename T>
+MIXUPE_FN T log_sum(Stats<T> s) {
+  return s.sum == T(0) ? T(NAN) : std::log(s.sum);
+}
+
+template <typename T>
+MIXUPE_FN T entropy(Stats<T> s, T log_sum) {
+  return log_sum - s.weighted / s.sum;
+}
+
+// w·v where a weight of 0 hides even an infinite v.
+template <typename T>
+MIXUPE_FN T weigh(T w, T v) {
+  return w == T(0) ? T(0) : w * v;
+}
+
+// The row's gradient: dz_k = p_k [g_ce·Σy + g_lse - g_H (log p_k + H)] - g_ce·y_k = p_k (level - slope·log p_k) - g_ce·y_k.
+template <typename T>
+struct RowGradient {
+  T ce, entropy, lse;
+};
+
+template <typename T>
+MIXUPE_FN T gradient_level(RowGradient<T> g, T target_mass, T entropy) {
+  return g.ce * target_mass + g.lse - g.entropy * entropy;
+}
+
+template <typename T>
+MIXUPE_FN T softmax_gradient(T z, T lse, T level, T slope) {
+  const T log_p = z - lse;
+  return exp_fast(log_p) * (level - slope * clamp_exponent(log_p));
+}
+
+// Sigmoid elements: with e = e^{-|z|}, softplus = max(z, 0) + log1p(e), H = log1p(e) + |z|·e/(1 + e), σ(1-σ) = e/(1 + e)².
+
+template <typename T>
+MIXUPE_FN void add_sigmoid_logit(T z, T& softplus, T& entropy) {
+  const T magnitude = z < T(0) ? -z : z;
+  const T e = exp_fast(-magnitude), log_term = log1p_unit(e);
+  softplus += (z < T(0) ? T(0) : z) + log_term;
+  entropy += log_term - clamp_exponent(-magnitude) * e / (T(1) + e);
+}
+
+template <typename T>
+MIXUPE_FN T sigmoid_gradient(T z, T y, RowGradient<T> g) {
+  const T magnitude = z < T(0) ? -z : z;
+  const T e = exp_fast(-magnitude), inverse = T(1) / (T(1) + e);
+  const T sigma = z < T(0) ? e * inverse : inverse;
+  const T bounded = z < T(0) ? clamp_exponent(z) : -clamp_exponent(-z);
+  return g.ce * (sigma - y) + g.lse * sigma - g.entropy * bounded * e * inverse * inverse;
+}
+
+// Targets as two columns of weight λ and 1 - λ, plus label smoothing spread over every class.
+
+template <typename T>
+struct Labels {
+  long long own, partner;
+  T own_weight, partner_weight;
+  T uniform;  // weight of every class (times its class weight)
+  T kept;     // share of the row's labels that is not ignored
+};
+
+template <typename T>
+MIXUPE_FN Labels<T> labels(
+    long long own, long long partner, T lam, long long ignore_index, T label_smoothing, long long classes) {
+  const bool keep_own = own != ignore_index, keep_partner = partner != ignore_index;
+  const T kept = keep_own && keep_partner ? T(1) : (keep_own ? lam : T(0)) + (keep_partner ? T(1) - lam : T(0));
+  return {
+      keep_own ? own : 0, keep_partner ? partner : 0,
+      keep_own ? lam * (T(1) - label_smoothing) : T(0), keep_partner ? (T(1) - lam) * (T(1) - label_smoothing) : T(0),
+      kept * label_smoothing / T(classes), kept};
+}
+
+// The loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
+
+enum Penalty { penalty_abs, penalty_threshold, penalty_linear_detached };
+
+template <typename T>
+MIXUPE_FN T penalty_value(T q, int penalty, T threshold) {
+  if (penalty == penalty_abs) return q < T(0) ? -q : q;
+  return penalty == penalty_threshold && q >= threshold ? T(0) : -q;
+}
+
+template <typename T>
+MIXUPE_FN T penalty_slope(T q, int penalty, T threshold) {
+  if (penalty == penalty_abs) return q > T(0) ? T(1) : q < T(0) ? T(-1) : T(0);
+  return penalty == penalty_threshold && !(q < threshold) ? T(0) : T(-1);
+}
+
+template <typename T>
+MIXUPE_FN T q_hat(T ce, T entropy, T lse, T target_mass) {
+  return entropy - ce + weigh(target_mass - T(1), lse);
+}
+
+// η̂ = |L_mix| / |L_mix + η R|, 1 where the denominator is 0.
+template <typename T>
+MIXUPE_FN T rescale_factor(T mix_loss, T total) {
+  return total == T(0) ? T(1) : std::fabs(mix_loss) / std::fabs(total);
+}
+
+// Gradients of the row's CE, H and lse: `mix` and `reg` are what upstream leaves of L_mix's and R's means (0 for a row
+// outside them); with linear_detached y - p is a constant, so H has no gradient of its own.
+template <typename T>
+MIXUPE_FN RowGradient<T> loss_gradient(T mix, T reg, T q, T target_mass, int penalty, T threshold) {
+  const T g_q = weigh(reg, penalty_slope(q, penalty, threshold));
+  return {mix - g_q, penalty == penalty_linear_detached ? T(0) : g_q, g_q * (target_mass - T(1))};
+}
+
+// Mixing: λ·own + (1 - λ)·other
+
+template <typename T>
+MIXUPE_FN T mix(T own, T other, T lam) {
+  return lam * own + (T(1) - lam) * other;
+}
+
+}  // namespace mixupe

@@ -1,0 +1,122 @@
+"""csrc/row.h, called through the bindings, against float64 formulas: any split of a row, any logit."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+row = pytest.importorskip("mixupe_kernels._build", reason="the bindings are not built: no C++ compiler, or no pybind11")
+
+EPS = float(np.finfo(np.float32).eps)
+logits = st.floats(-1e4, 1e4, width=32)
+rows = st.lists(st.one_of(logits, st.just(-math.inf)), min_size=1, max_size=40).filter(lambda z: max(z) > -math.inf)
+
+
+def truth(z):
+    """(max, Σ e^{z-m}, Σ e^{z-m}(z-m)) in float64."""
+    z = np.array(z, dtype=np.float64)
+    d = z - z.max()
+    e = np.exp(d)
+    return z.max(), e.sum(), np.where(e == 0, 0, e * np.where(e == 0, 0, d)).sum()
+
+
+def test_exp_keeps_its_stated_error():
+    x = np.concatenate([np.linspace(-87, 0, 200_001), -np.logspace(-30, 0, 1001)]).astype(np.float32)
+    computed = np.array([row.float32.exp(float(v)) for v in x], dtype=np.float64)
+    assert np.abs(computed / np.exp(x.astype(np.float64)) - 1).max() < 1.2e-7
+
+
+def test_exp_at_the_edges():
+    for module in (row.float32, row.float64):
+        assert module.exp(0.0) == 1.0
+        assert module.exp(-math.inf) == 0.0
+        assert math.isnan(module.exp(math.nan))
+    assert row.float32.exp(-87.5) == 0.0  # under the floor: 0, not a subnormal
+
+
+def test_log1p_keeps_its_stated_error():
+    x = np.concatenate([np.linspace(0, 1, 20_001), np.logspace(-37, 0, 2001)]).astype(np.float32)
+    computed = np.array([row.float32.log1p_unit(float(v)) for v in x], dtype=np.float64)
+    expected = np.log1p(x.astype(np.float64))
+    assert (np.abs(computed - expected) <= 4e-7 * expected).all()
+
+
+@given(rows)
+@settings(max_examples=300, deadline=None)
+def test_stats_are_the_sums(z):
+    top, total, weighted = truth(z)
+    for module, eps in ((row.float32, EPS), (row.float64, 2**-50)):
+        actual = module.stats(z)
+        assert actual[0] == top
+        assert abs(actual[1] - total) <= 8 * eps * len(z) * total
+        # d itself is rounded to float32, which moves e·d by eps·d²: at most 1 ulp of 4/e² a term.
+        assert abs(actual[2] - weighted) <= 8 * eps * len(z) * (1 + abs(weighted))
+
+
+@given(rows, st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_split_merges_to_the_whole(z, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(z)), max_size=5)))
+    pieces = [z[a:b] for a, b in zip([0, *cuts], [*cuts, len(z)], strict=True)]
+    order = data.draw(st.permutations(range(len(pieces))))
+    merged = row.float64.stats(pieces[order[0]])
+    for index in order[1:]:
+        merged = row.float64.merge(merged, row.float64.stats(pieces[index]))
+    top, total, weighted = truth(z)
+    assert merged[0] == top
+    assert merged[1] == pytest.approx(total, rel=1e-12)
+    assert merged[2] == pytest.approx(weighted, rel=1e-12, abs=1e-12)
+
+
+@given(rows)
+@settings(max_examples=200, deadline=None)
+def test_entropy_and_lse(z):
+    _, total, weighted = truth(z)
+    stats = row.float32.stats(z)
+    assert row.float32.log_sum(stats) == pytest.approx(math.log(total), abs=2e-6 * (1 + len(z) * EPS / 1e-6))
+    assert row.float32.entropy(stats) == pytest.approx(math.log(total) - weighted / total, abs=2e-5)
+
+
+def test_masked_rows():
+    masked = [-math.inf] * 3
+    for module in (row.float32, row.float64):
+        stats = module.stats(masked)
+        assert stats == (-math.inf, 0.0, 0.0)
+        assert module.merge(stats, module.stats([1.0, 2.0])) == module.stats([1.0, 2.0])
+        assert math.isnan(module.entropy(stats))
+        assert math.isnan(module.entropy(module.stats([1.0, math.nan])))
+        assert math.isnan(module.entropy(module.stats([1.0, math.inf])))
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=20), st.tuples(*[st.floats(-3, 3)] * 3), st.floats(0, 2))
+@settings(max_examples=200, deadline=None)
+def test_softmax_gradient_is_the_formula(z, g, mass):
+    z = np.array(z)
+    lse = float(np.logaddexp.reduce(z))
+    log_p = z - lse
+    p = np.exp(log_p)
+    entropy = float(-(p * log_p).sum())
+    g_ce, g_h, g_lse = g
+    expected = p * (g_ce * mass + g_lse - g_h * (log_p + entropy))
+    actual = [row.float64.softmax_gradient(v, lse, mass, entropy, g) for v in z]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(st.floats(-700, 700), st.floats(0, 1), st.tuples(*[st.floats(-3, 3)] * 3))
+@settings(max_examples=300, deadline=None)
+def test_sigmoid_terms_are_the_formulas(z, y, g):
+    sigma = 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+    other = 1 / (1 + math.exp(z)) if z < 0 else math.exp(-z) / (1 + math.exp(-z))
+    softplus, entropy = row.float64.sigmoid_terms(z)
+    assert softplus == pytest.approx(float(np.logaddexp(0, z)), rel=1e-12, abs=1e-300)
+    assert entropy == pytest.approx(float(np.logaddexp(0, -abs(z))) + abs(z) * min(sigma, other), rel=1e-9, abs=1e-300)
+    g_ce, g_h, g_lse = g
+    expected = g_ce * (sigma - y) + g_lse * sigma - g_h * z * sigma * other
+    assert row.float64.sigmoid_gradient(z, y, g) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.floats(0, 1))
+def test_mix_is_the_formula(own, other, lam):
+    assert row.float64.mix(own, other, lam) == pytest.approx(lam * own + (1 - lam) * other, rel=1e-12, abs=1e-9)
