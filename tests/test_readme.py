@@ -22,6 +22,9 @@ def test_example_runs(example):
     labels = torch.randint(4, (16,))
     names = {
         "mk": mk,
+        "torch": torch,
+        "images": torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8),
+        "labels": labels,
         "model": model,
         "loader": [(torch.randn(16, 6), labels) for _ in range(2)],
         "logits": model(torch.randn(16, 6)),

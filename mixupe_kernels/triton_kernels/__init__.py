@@ -1,0 +1,21 @@
+"""The operators in Triton, for CUDA tensors (for CPU tensors under TRITON_INTERPRET=1): ``KERNELS`` by operator name.
+
+Each function has the signature of the one of its name in ``mixupe_kernels.reference``. Values out of range are not
+read: they make their row NaN, where the reference raises. A device-side assert would need ``debug=True``.
+"""
+
+from collections.abc import Callable
+
+from . import backward, forward, mix, sums
+
+KERNELS: dict[str, Callable] = {
+    "mix": mix.mix,
+    "mix_out": mix.mix_out,
+    "gather_sum": sums.gather_sum,
+    "row_dot": sums.row_dot,
+    "ce_entropy": forward.ce_entropy,
+    "ce_entropy_backward": backward.ce_entropy_backward,
+    "mixupe_loss": forward.mixupe_loss,
+    "mixupe_loss_backward": backward.mixupe_loss_backward,
+    "mixupe_loss_backward_out": backward.mixupe_loss_backward_out,
+}

@@ -1,0 +1,259 @@
+"""The gradient of ce_entropy and of mixupe_loss with respect to the logits: one launch, one formula.
+
+Each tile of the gradient depends on its own logits and a few floats of its row, so tiles are independent; the loss's
+coefficients are worked out from those floats in the same launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import IGNORE_INDEX
+from .launch import Tile, launch_tiled
+from .rows import (
+    PEEL_FROM,
+    Target,
+    aligned_part,
+    dense_tile,
+    edge_columns,
+    gradient_tile,
+    label_terms,
+    prepare_target,
+    q_hat,
+    unit_columns,
+)
+
+
+@triton.jit
+def coefficient(grad, row, inside, stride, like):
+    """The gradient of one of the (N,) outputs; zero where autograd has none."""
+    if grad is None:
+        return like * 0
+    else:
+        return tl.load(grad + row * stride, mask=inside, other=0.0).to(like.dtype)
+
+
+@triton.jit
+def target_tile(
+    target, terms, place, column, valid,
+    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y of a tile: dense, or the peaks of the labels and the smoothing by the row's share."""
+    if target.labels.dtype.element_ty.is_floating():
+        y = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
+    else:
+        own, own_share, own_peak, other, other_share, other_peak = terms
+        y = tl.where(column == own[:, None], own_peak[:, None], 0.0)
+        if target.partner is not None:
+            y += tl.where(column == other[:, None], other_peak[:, None], 0.0)
+        if LABEL_SMOOTHING != 0:
+            smoothing = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
+            y += smoothing * (own_share + other_share)[:, None]
+    return y
+
+
+@triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
+def row_gradient(
+    out, logits, target, saved, grads, upstream,
+    n, num_mixed, num_reg, grad_strides,
+    C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
+    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (row groups, column groups) of ``dz``.
+
+    (g_ce, g_H, g_lse) come as ``grads``, (N,) each, or for the loss from ``upstream`` = (grad, η, w, parts).
+    """
+    DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
+    # Σy is known without reading a row of targets or class weights only for unweighted indices.
+    SUM_TARGETS: tl.constexpr = DENSE or (LABEL_SMOOTHING != 0 and target.class_weight is not None)
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    PEEL: tl.constexpr = C >= PEEL_FROM and (C % VEC != 0 or STRIDE % VEC != 0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < n
+    offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
+    target_shift = (row.to(tl.int64) * (TARGET_STRIDE - STRIDE))[:, None]
+    out_shift = (row.to(tl.int64) * (OUT_STRIDE - STRIDE))[:, None]
+    first = tl.program_id(1) * SPAN
+
+    entropy = tl.load(saved[1] + row, mask=inside, other=0.0)
+    lse = tl.load(saved[2] + row, mask=inside, other=0.0)
+    edge, edge_valid = edge_columns(head, body, C, VEC)
+    edge_valid = edge_valid & inside[:, None]
+    edge_place = (row.to(tl.int64) * STRIDE)[:, None] + edge
+    if SUM_TARGETS:
+        mass = tl.zeros((ROWS,), ACC)
+        for start in range(0, C, BLOCK):
+            step = (start + tl.arange(0, BLOCK))[None, :]
+            valid = inside[:, None] & (step < body[:, None])
+            place = offset[:, None] + step + target_shift
+            mass += tl.sum(dense_tile(target, place, head[:, None] + step, valid, C, LABEL_SMOOTHING, ACC), 1)
+        if PEEL:
+            edge_y = dense_tile(target, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
+            mass += tl.sum(edge_y, 1)
+    if DENSE:
+        terms = None
+        kept = (row * 0 + 1).to(ACC)
+    else:
+        terms = label_terms(target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC)
+        kept = terms[1] + terms[4]
+        mass = kept * (mass if SUM_TARGETS else LABEL_SMOOTHING) + terms[2] + terms[5]
+
+    if upstream is None:
+        g_ce = coefficient(grads[0], row, inside, grad_strides[0], lse)
+        g_entropy = coefficient(grads[1], row, inside, grad_strides[1], lse)
+        g_lse = coefficient(grads[2], row, inside, grad_strides[2], lse)
+    else:
+        ce = tl.load(saved[0] + row, mask=inside, other=0.0)
+        scale = tl.load(upstream[0]).to(ACC) * tl.load(upstream[3] + 2)
+        q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
+        if PENALTY == 0:
+            slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
+        elif PENALTY == 1:
+            slope = tl.where(q < THRESHOLD, -1.0, 0.0)
+        else:
+            slope = q * 0 - 1
+        regularized = (row >= n - num_reg) & (kept == 1)
+        g_q = scale * tl.load(upstream[1]) * tl.load(upstream[2]) * tl.load(upstream[3] + 4) * slope
+        g_q = tl.where(regularized, g_q, 0.0)
+        g_ce = tl.where(row < num_mixed, scale * tl.load(upstream[3] + 3), 0.0) - g_q
+        g_lse = g_q * (mass - 1) if DENSE and not SIGMOID else g_q * 0
+        g_entropy = g_q * 0 if PENALTY == 2 else g_q
+    # A label out of range makes its row NaN, whatever its gradient.
+    g_ce = tl.where(kept == kept, g_ce, kept)
+
+    if PEEL:
+        edge_valid = edge_valid & (first == 0)
+        edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
+        edge_y = target_tile(target, terms, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
+        edge_dz = gradient_tile(edge_z, edge_y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID)
+        tl.store(out + (edge_place + out_shift), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
+    for start in range(0, SPAN, BLOCK):
+        step = (first + start + tl.arange(0, BLOCK))[None, :]
+        valid = inside[:, None] & (step < body[:, None])
+        place = offset[:, None] + step
+        column = head[:, None] + step
+        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
+        y = target_tile(target, terms, place + target_shift, column, valid, C, LABEL_SMOOTHING, ACC)
+        dz = gradient_tile(z, y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID)
+        tl.store(out + (place + out_shift), dz.to(out.dtype.element_ty), mask=valid)
+
+
+def _backward(
+    out: Tensor,
+    logits: Tensor,
+    target: Target,
+    saved: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
+    loss: tuple | None,
+    label_smoothing: float,
+    ignore_index: int,
+    sigmoid: bool,
+) -> None:
+    """Write dz into ``out``, from ``grads`` or for a ``loss`` of (upstream, num_mixed, num_reg, penalty, threshold)."""
+    buffer = unit_columns(out)
+    logits = unit_columns(logits)
+    n, columns = logits.shape
+    upstream, num_mixed, num_reg, penalty, threshold = loss or (None, 0, 0, 0, 1.0)
+    dense = target.labels.dim() == 2
+    summed = dense or (label_smoothing != 0 and target.class_weight is not None)
+    family = "row_gradient_summed" if summed else "row_gradient"
+
+    def run(tile: Tile) -> None:
+        # A program that must sum its row's targets first does the whole row, lest every tile sum it again.
+        span = triton.cdiv(columns, tile.block) * tile.block if summed else tile.block
+        row_gradient[(triton.cdiv(n, tile.rows), triton.cdiv(columns, span))](
+            buffer, logits, target, saved, grads, upstream, n, num_mixed, num_reg,
+            tuple(0 if grad is None else grad.stride(0) for grad in grads),
+            C=columns, STRIDE=logits.stride(0), TARGET_STRIDE=target.labels.stride(0), OUT_STRIDE=buffer.stride(0),
+            LABEL_SMOOTHING=label_smoothing, IGNORE_INDEX=ignore_index, SIGMOID=sigmoid,
+            PENALTY=penalty, THRESHOLD=threshold,
+            ROWS=tile.rows, BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+        )  # fmt: skip
+
+    if n:
+        in_place = buffer.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+        launch_tiled(family, logits, columns, run, repeatable=not in_place)
+    if buffer is not out:
+        out.copy_(buffer)
+
+
+def ce_entropy_backward(
+    grad_ce: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    sigmoid: bool = False,
+) -> Tensor:
+    """dz of (CE, H, lse), (N, C) in the logits' dtype; as ``reference.ce_entropy_backward``."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    prepared, grads = prepare_target(target, partner, lam, class_weight), (grad_ce, grad_entropy, grad_lse)
+    saved = (None, entropy.contiguous(), lse.contiguous())
+    _backward(out, logits, prepared, saved, grads, None, label_smoothing, ignore_index, sigmoid)
+    return out
+
+
+def mixupe_loss_backward_out(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    parts: Tensor,
+    ce: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+    *,
+    out: Tensor,
+) -> None:
+    """``mixupe_loss_backward`` into ``out`` (N, C), which may be the logits themselves: a tile is read, then written."""
+    prepared, saved = prepare_target(target, partner, lam, None), (ce, entropy, lse)
+    loss = ((grad, eta, reg_weight, parts), num_mixed, num_reg, penalty, threshold)
+    _backward(out, logits, prepared, saved, (None, None, None), loss, label_smoothing, IGNORE_INDEX, sigmoid)
+
+
+def mixupe_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    parts: Tensor,
+    ce: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> Tensor:
+    """The gradient of ``grad``·loss, (N, C) in the logits' dtype; as ``reference.mixupe_loss_backward``."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    mixupe_loss_backward_out(
+        grad, logits, target, partner, lam, eta, reg_weight, parts, ce, entropy, lse,
+        num_mixed, num_reg, penalty, threshold, label_smoothing, sigmoid, out=out,
+    )  # fmt: skip
+    return out

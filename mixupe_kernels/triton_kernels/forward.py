@@ -1,0 +1,320 @@
+"""ce_entropy and mixupe_loss forward: one pass over the logits.
+
+``row_stats`` reads each row once and finishes it, or, for few long rows, leaves the states of its parts to
+``merge_stats``; for the loss ``loss_total`` sums the few values each program left, in a fixed order.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import IGNORE_INDEX, accumulate_dtype
+from .launch import Tile, launch_tiled, splits_for
+from .rows import (
+    PEEL_FROM,
+    Target,
+    aligned_part,
+    anchor_of,
+    dense_tile,
+    edge_columns,
+    fold,
+    label_terms,
+    prepare_target,
+    q_hat,
+    quotient,
+    unit_columns,
+    zero_where,
+)
+
+MERGE_ROWS = 4  # split rows are few: a program merges four of at most 512
+
+
+@triton.jit
+def finish_rows(
+    logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
+    program, programs, n, num_mixed, num_reg,
+    C: tl.constexpr, STRIDE: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    SIGMOID: tl.constexpr, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """CE, H and lse of each row from its state, and the program's part of the four sums the loss is made of."""
+    DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    if SIGMOID:
+        entropy, lse = weighted, total
+    else:
+        # A row of nothing but -∞ has no softmax: it is NaN, as in torch.
+        total = tl.where(total == 0, float("nan"), total)
+        log_sum = tl.log(total)
+        anchor = anchor_of(top)
+        entropy, lse = log_sum - quotient(weighted, total), top + log_sum
+    if DENSE:
+        kept = (row * 0 + 1).to(ACC)
+        ce = lse - linear if SIGMOID else mass * zero_where(mass == 0, log_sum) - linear
+    else:
+        own, own_share, own_peak, other, other_share, other_peak = label_terms(
+            target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC
+        )
+        kept = own_share + other_share
+        start = row.to(tl.int64) * STRIDE
+        own_z = tl.load(logits + start + own, mask=own >= 0, other=0.0).to(ACC)
+        other_z = tl.load(logits + start + other, mask=other >= 0, other=0.0).to(ACC)
+        if SIGMOID:
+            ce = lse - own_peak * zero_where(own_peak == 0, own_z) - other_peak * zero_where(other_peak == 0, other_z)
+            if LABEL_SMOOTHING != 0:
+                ce -= kept * zero_where(kept == 0, linear)
+        else:
+            # log_sum - (z - top), never lse - z: the large common part of the logits cancels first.
+            ce = own_peak * zero_where(own_peak == 0, log_sum - (own_z - anchor))
+            ce += other_peak * zero_where(other_peak == 0, log_sum - (other_z - anchor))
+            if LABEL_SMOOTHING != 0:
+                ce += kept * zero_where(kept == 0, mass * log_sum - linear)
+    tl.store(saved[0] + row, ce, mask=inside)
+    tl.store(saved[1] + row, entropy, mask=inside)
+    tl.store(saved[2] + row, lse, mask=inside)
+    if sums is not None:
+        q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
+        if PENALTY == 0:
+            value = tl.abs(q)
+        elif PENALTY == 1:
+            value = zero_where(q >= THRESHOLD, -q)
+        else:
+            value = -q
+        mixed = inside & (row < num_mixed)
+        # NaN (a label out of range) counts as whole, so that it reaches the loss.
+        whole = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
+        tl.store(sums + program, tl.sum(tl.where(mixed, ce, 0.0), 0))
+        tl.store(sums + programs + program, tl.sum(tl.where(mixed, kept, 0.0), 0))
+        tl.store(sums + 2 * programs + program, tl.sum(tl.where(whole, value, 0.0), 0))
+        tl.store(sums + 3 * programs + program, tl.sum(tl.where(whole, 1.0, 0.0).to(ACC), 0))
+
+
+@triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
+def row_stats(
+    logits, target, saved, sums, states,
+    n, num_mixed, num_reg,
+    C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
+    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (row groups, splits): each program reads SPAN columns of ROWS rows. ``states`` (5, N, splits) or None."""
+    DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
+    HAS_DENSE: tl.constexpr = DENSE or LABEL_SMOOTHING != 0
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    PEEL: tl.constexpr = C >= PEEL_FROM and (C % VEC != 0 or STRIDE % VEC != 0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < n
+    offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
+    target_shift = row.to(tl.int64) * (TARGET_STRIDE - STRIDE)
+    first = tl.program_id(1) * SPAN
+
+    top = tl.full((ROWS,), float("-inf"), ACC)
+    total = tl.zeros((ROWS,), ACC)
+    weighted = tl.zeros((ROWS,), ACC)
+    linear = tl.zeros((ROWS,), ACC)
+    mass = tl.zeros((ROWS,), ACC)
+    for start in range(0, SPAN, BLOCK):
+        step = (first + start + tl.arange(0, BLOCK))[None, :]
+        valid = inside[:, None] & (step < body[:, None])
+        place = offset[:, None] + step
+        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
+        y = z
+        if HAS_DENSE:
+            y = dense_tile(target, place + target_shift[:, None], head[:, None] + step, valid, C, LABEL_SMOOTHING, ACC)
+        top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
+    if PEEL:
+        column, valid = edge_columns(head, body, C, VEC)
+        valid = valid & inside[:, None] & (first == 0)
+        place = (row.to(tl.int64) * STRIDE)[:, None] + column
+        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
+        y = z
+        if HAS_DENSE:
+            y = dense_tile(target, place + target_shift[:, None], column, valid, C, LABEL_SMOOTHING, ACC)
+        top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
+
+    if states is None:
+        finish_rows(
+            logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
+            tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg,
+            C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY, THRESHOLD,
+        )  # fmt: skip
+    else:
+        plane = n * tl.num_programs(1)
+        state = states + row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(state, top, mask=inside)
+        tl.store(state + plane, total, mask=inside)
+        tl.store(state + 2 * plane, weighted, mask=inside)
+        if HAS_DENSE:
+            tl.store(state + 3 * plane, linear, mask=inside)
+            tl.store(state + 4 * plane, mass, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
+def merge_stats(
+    logits, target, saved, sums, states,
+    n, num_mixed, num_reg,
+    C: tl.constexpr, STRIDE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
+    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The second stage of split rows: the states of a row's parts brought to one maximum and added, in one order."""
+    HAS_DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating() or LABEL_SMOOTHING != 0
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < n
+    plane = n * SPLITS
+    state = states + row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    mask = inside[:, None]
+    part_top = tl.load(state, mask=mask, other=0.0)
+    part_total = tl.load(state + plane, mask=mask, other=0.0)
+    part_weighted = tl.load(state + 2 * plane, mask=mask, other=0.0)
+    top = tl.max(part_top, 1)
+    linear = tl.zeros((ROWS,), states.dtype.element_ty)
+    mass = tl.zeros((ROWS,), states.dtype.element_ty)
+    if SIGMOID:
+        total = tl.sum(part_total, 1)
+        weighted = tl.sum(part_weighted, 1)
+    else:
+        anchor = anchor_of(top)[:, None]
+        decay = tl.exp(part_top - anchor)
+        move = anchor_of(part_top) - anchor
+        total = tl.sum(decay * part_total, 1)
+        weighted = tl.sum(decay * (part_weighted + move * part_total), 1)
+    if HAS_DENSE:
+        part_linear = tl.load(state + 3 * plane, mask=mask, other=0.0)
+        part_mass = tl.load(state + 4 * plane, mask=mask, other=0.0)
+        mass = tl.sum(part_mass, 1)
+        linear = tl.sum(part_linear, 1) if SIGMOID else tl.sum(part_linear + move * part_mass, 1)
+    finish_rows(
+        logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
+        tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg,
+        C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY, THRESHOLD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["programs"])
+def loss_total(
+    loss, parts, sums, eta, reg_weight,
+    programs,
+    RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """L and its parts from the sums of every program; one program, so that the order is fixed."""
+    ce = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    rows_mix = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    value = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    rows_reg = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    for start in range(0, programs, BLOCK):
+        program = start + tl.arange(0, BLOCK)
+        mask = program < programs
+        ce += tl.load(sums + program, mask=mask, other=0.0)
+        rows_mix += tl.load(sums + programs + program, mask=mask, other=0.0)
+        value += tl.load(sums + 2 * programs + program, mask=mask, other=0.0)
+        rows_reg += tl.load(sums + 3 * programs + program, mask=mask, other=0.0)
+    rows_mix = tl.sum(rows_mix, 0)
+    rows_reg = tl.sum(rows_reg, 0)
+    one = rows_mix * 0 + 1
+    per_mix = tl.where(rows_mix > 0, quotient(one, tl.where(rows_mix > 0, rows_mix, 1.0)), 0.0)
+    per_reg = tl.where(rows_reg > 0, quotient(one, tl.where(rows_reg > 0, rows_reg, 1.0)), 0.0)
+    mix_loss = tl.sum(ce, 0) * per_mix
+    reg = tl.load(reg_weight) * tl.sum(value, 0) * per_reg
+    total = mix_loss + tl.load(eta) * reg
+    eta_hat = one
+    if RESCALE:
+        eta_hat = tl.where(total == 0, 1.0, quotient(tl.abs(mix_loss), tl.where(total == 0, 1.0, tl.abs(total))))
+    tl.store(loss, eta_hat * total)
+    tl.store(parts, mix_loss)
+    tl.store(parts + 1, reg)
+    tl.store(parts + 2, eta_hat)
+    tl.store(parts + 3, per_mix)
+    tl.store(parts + 4, per_reg)
+
+
+def _forward(
+    logits: Tensor,
+    target: Target,
+    loss: tuple | None,
+    label_smoothing: float,
+    ignore_index: int,
+    sigmoid: bool,
+) -> tuple[Tensor, ...]:
+    """(CE, H, lse), and for a ``loss`` of (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale) before
+    them the loss and its parts."""
+    logits = unit_columns(logits)
+    n, columns = logits.shape
+    new = functools.partial(torch.empty, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    saved = (new(n), new(n), new(n))
+    total, parts = new(()), new(5)
+    eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale = loss or (None, None, 0, 0, 0, 1.0, False)
+    shape = {"C": columns, "STRIDE": logits.stride(0)}
+    flags = {
+        "LABEL_SMOOTHING": label_smoothing,
+        "IGNORE_INDEX": ignore_index,
+        "SIGMOID": sigmoid,
+        "PENALTY": penalty,
+        "THRESHOLD": threshold,
+    }
+
+    def run(tile: Tile) -> None:
+        splits = splits_for(n, columns, tile.block)
+        span = triton.cdiv(triton.cdiv(columns, tile.block), splits) * tile.block
+        groups = triton.cdiv(n, MERGE_ROWS if splits > 1 else tile.rows)
+        sums = new((4, groups)) if loss else None
+        states = new((5, n, splits)) if splits > 1 else None
+        if n:
+            row_stats[(triton.cdiv(n, tile.rows), splits)](
+                logits, target, saved, sums, states, n, num_mixed, num_reg,
+                **shape, TARGET_STRIDE=target.labels.stride(0), **flags,
+                ROWS=tile.rows, BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+            )  # fmt: skip
+        if n and splits > 1:
+            merge_stats[(groups,)](
+                logits, target, saved, sums, states, n, num_mixed, num_reg,
+                **shape, **flags, ROWS=MERGE_ROWS, SPLITS=splits, num_warps=1,
+            )  # fmt: skip
+        if loss:
+            loss_total[(1,)](
+                total, parts, sums, eta, reg_weight, groups, RESCALE=rescale, BLOCK=1024, num_warps=4
+            )  # fmt: skip
+
+    launch_tiled("row_stats", logits, columns, run)
+    return (total, parts, *saved) if loss else saved
+
+
+def ce_entropy(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None = None,
+    lam: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(CE, H, lse) of each row in one launch, or two where few long rows are split; as ``reference.ce_entropy``."""
+    prepared = prepare_target(target, partner, lam, class_weight)
+    return _forward(logits, prepared, None, label_smoothing, ignore_index, sigmoid)
+
+
+def mixupe_loss(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    rescale: bool = True,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, parts, CE, H, lse) in two launches, or three where few long rows are split; as ``reference.mixupe_loss``."""
+    prepared = prepare_target(target, partner, lam, None)
+    loss = (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale)
+    return _forward(logits, prepared, loss, label_smoothing, IGNORE_INDEX, sigmoid)

@@ -1,0 +1,192 @@
+"""mix: x̃_i = λ_i f(x_i) + (1 - λ_i) f(x_partner(i)), at one read and one write of the batch.
+
+Tiles are launched batch index fastest, so that all samples' first tiles run before their second ones and the partner's
+tile is still in the L2 cache when it is asked for again. A flipped batch needs no cache: ``mix_pairs`` reads samples i
+and B - 1 - i once and writes both, also in place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import row_format
+from .launch import Tile, launch_tiled
+
+
+@triton.jit
+def weight_of(lam, i, LAM_STRIDE: tl.constexpr, inside, ACC: tl.constexpr):
+    """λ_i; NaN outside [0, 1], which makes the sample NaN."""
+    weight = tl.load(lam + i * LAM_STRIDE).to(ACC)
+    return tl.where(inside & (weight >= 0) & (weight <= 1), weight, float("nan"))
+
+
+@triton.jit
+def blend(own, other, weight):
+    """A weight of 1 or 0 copies exactly, whatever the other sample holds (it was not even read)."""
+    mixed = weight * own + (1 - weight) * other
+    return tl.where(weight == 1, own, tl.where(weight == 0, other, mixed))
+
+
+@triton.jit
+def places(
+    tile, SIZE: tl.constexpr, CHANNELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output."""
+    PIXELS: tl.constexpr = SIZE // CHANNELS
+    step = tile * BLOCK + tl.arange(0, BLOCK)
+    if OUT_LAST:
+        channel, pixel = step % CHANNELS, step // CHANNELS
+    else:
+        channel, pixel = step // PIXELS, step % PIXELS
+    if X_LAST == OUT_LAST:
+        source = step
+    elif X_LAST:
+        source = pixel * CHANNELS + channel
+    else:
+        source = channel * PIXELS + pixel
+    return step, source, channel
+
+
+@triton.jit
+def affine(values, scale, shift, channel, mask):
+    if scale is None:
+        return values
+    else:
+        factor = tl.load(scale + channel, mask=mask, other=0.0)
+        return values * factor + tl.load(shift + channel, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["n", "batch"])
+def mix_rows(
+    out, x, partner, rows, lam, scale, shift,
+    n, batch,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
+    X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (n · tiles,): one tile of one sample of the output each."""
+    i = tl.program_id(0) % n
+    own_row = i.to(tl.int64)
+    if rows is not None:
+        own_row = tl.load(rows + i)
+    other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
+    readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
+    weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
+    step, source, channel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
+    mask = step < SIZE
+    own = tl.load(x + own_row * X_STRIDE + source, mask=mask & (readable & (weight != 0)), other=0).to(ACC)
+    other = tl.load(x + other_row * X_STRIDE + source, mask=mask & (readable & (weight != 1)), other=0).to(ACC)
+    mixed = affine(blend(own, other, weight), scale, shift, channel, mask)
+    tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def mix_pairs(
+    out, x, lam, scale, shift,
+    batch,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
+    LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈batch / 2⌉ · tiles,): one tile of the samples i and batch - 1 - i, read before either is written."""
+    pairs = (batch + 1) // 2
+    i = tl.program_id(0) % pairs
+    j = batch - 1 - i
+    inside = i < batch
+    first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
+    second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
+    step, _, channel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
+    mask = step < SIZE
+    first_read = inside & ((first_weight != 0) | (second_weight != 1))
+    second_read = inside & ((first_weight != 1) | (second_weight != 0))
+    first = tl.load(x + i.to(tl.int64) * X_STRIDE + step, mask=mask & first_read, other=0).to(ACC)
+    second = tl.load(x + j.to(tl.int64) * X_STRIDE + step, mask=mask & second_read, other=0).to(ACC)
+    mixed = affine(blend(first, second, first_weight), scale, shift, channel, mask)
+    tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
+    mixed = affine(blend(second, first, second_weight), scale, shift, channel, mask)
+    tl.store(out + j.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask & (j != i))
+
+
+def is_channels_last(memory_format: torch.memory_format) -> bool:
+    return memory_format in (torch.channels_last, torch.channels_last_3d)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x``, copied only where its samples are not dense in memory, in either order of the channels."""
+    memory_format = row_format(x)
+    return x if x[:1].is_contiguous(memory_format=memory_format) else x.contiguous(memory_format=memory_format)
+
+
+def mix_out(
+    x: Tensor,
+    partner: Tensor | None,
+    lam: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """``mix`` into ``out``, (n, ...) of any dtype, in one launch; as ``reference.mix_out``.
+
+    ``out`` may be ``x`` itself when partner is None and rows are not chosen. Samples with a partner, row or λ out of
+    range become NaN.
+    """
+    dense = dense_rows(out)
+    if dense is not out:
+        mix_out(x, partner, lam, rows, scale, shift, out=dense)
+        out.copy_(dense)
+        return
+    if out.numel() == 0:
+        return
+    x = dense_rows(x)
+    n, size = out.shape[0], out[0].numel()
+    x_last, out_last = is_channels_last(row_format(x)), is_channels_last(row_format(out))
+    shape = {
+        "SIZE": size,
+        "CHANNELS": out.shape[1] if scale is not None or x_last or out_last else 1,
+        "OUT_STRIDE": out.stride(0),
+        "X_STRIDE": x.stride(0),
+        "LAM_STRIDE": lam.stride(0) if lam.dim() and lam.shape[0] > 1 else 0,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+    }
+    pairs = partner is None and rows is None and x_last == out_last
+    partner, rows = (None if index is None else index.contiguous() for index in (partner, rows))
+
+    def run(tile: Tile) -> None:
+        tiles = triton.cdiv(size, tile.block)
+        if pairs:
+            mix_pairs[((n + 1) // 2 * tiles,)](
+                out, x, lam, scale, shift, n, **shape, LAST=x_last, BLOCK=tile.block, num_warps=tile.warps
+            )
+        else:
+            mix_rows[(n * tiles,)](
+                out, x, partner, rows, lam, scale, shift, n, x.shape[0],
+                **shape, X_LAST=x_last, OUT_LAST=out_last, BLOCK=tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+
+    in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    launch_tiled("mix", x, size, run, repeatable=not in_place)
+
+
+def mix(
+    x: Tensor,
+    partner: Tensor | None,
+    lam: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """The mixed batch in one launch, normalised, cast and laid out on the way; as ``reference.mix``."""
+    count = x.shape[0] if rows is None else rows.shape[0]
+    out = torch.empty(
+        (count, *x.shape[1:]),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=memory_format or row_format(x),
+    )
+    mix_out(x, partner, lam, rows, scale, shift, out=out)
+    return out

@@ -1,0 +1,120 @@
+"""gather_sum and row_dot: the gradients of mixing, and mixing of more than two samples. No atomics: one order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import accumulate_dtype
+from .launch import Tile, launch_tiled
+
+# A program adds up this many tiles of a row_dot before another takes over: long rows (3·224·224) fill the device
+# even where there are few of them.
+TILES_A_PROGRAM = 8
+
+
+@triton.jit(do_not_specialize=["terms", "sources", "n"])
+def gather_rows(
+    out, src, index, weight, offsets,
+    terms, sources, n,
+    SIZE: tl.constexpr, SRC_STRIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (n · tiles,), output index fastest (as in mix): one tile of one output, its terms in the order of t."""
+    j = tl.program_id(0) % n
+    step = (tl.program_id(0) // n) * BLOCK + tl.arange(0, BLOCK)
+    mask = step < SIZE
+    first = tl.maximum(tl.load(offsets + j), 0)
+    last = tl.minimum(tl.load(offsets + j + 1), terms)
+    total = tl.zeros((BLOCK,), ACC)
+    for t in range(first, last):
+        source = tl.load(index + t)
+        readable = (source >= 0) & (source < sources)
+        factor = tl.where(readable, tl.load(weight + t).to(ACC), float("nan"))
+        total += factor * tl.load(src + source * SRC_STRIDE + step, mask=mask & readable, other=0.0).to(ACC)
+    tl.store(out + j.to(tl.int64) * SIZE + step, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "a_rows", "b_rows"])
+def dot_rows(
+    out, a, b, a_index, b_index,
+    n, a_rows, b_rows,
+    SIZE: tl.constexpr, A_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (n · parts,), part t of each product into ``out`` (parts, n)."""
+    t = tl.program_id(0) % n
+    part = tl.program_id(0) // n
+    a_row, b_row = tl.load(a_index + t), tl.load(b_index + t)
+    readable = (a_row >= 0) & (a_row < a_rows) & (b_row >= 0) & (b_row < b_rows)
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    for start in range(0, SPAN, BLOCK):
+        step = part * SPAN + start + tl.arange(0, BLOCK)
+        mask = (step < SIZE) & readable
+        left = tl.load(a + a_row * A_STRIDE + step, mask=mask, other=0.0).to(out.dtype.element_ty)
+        right = tl.load(b + b_row * B_STRIDE + step, mask=mask, other=0.0).to(out.dtype.element_ty)
+        total += left * right
+    tl.store(out + tl.program_id(0).to(tl.int64), tl.where(readable, tl.sum(total, 0), float("nan")))
+
+
+@triton.jit(do_not_specialize=["n"])
+def add_parts(out, partial, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The second stage: the parts of each product, in their order."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = t < n
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    for part in range(0, PARTS):
+        total += tl.load(partial + part * n.to(tl.int64) + t, mask=mask, other=0.0)
+    tl.store(out + t, total, mask=mask)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x``, copied only where its rows are not contiguous: outputs here are, as the reference's."""
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted sums of rows of ``src`` (M, ...), (J, ...) in its dtype, in one launch; as ``reference.gather_sum``."""
+    n = offsets.shape[0] - 1
+    out = torch.empty((n, *src.shape[1:]), dtype=src.dtype, device=src.device)
+    if out.numel() == 0:
+        return out
+    if src.shape[0] == 0:
+        return out.zero_()
+    src, index, weight, offsets = contiguous_rows(src), index.contiguous(), weight.contiguous(), offsets.contiguous()
+    size = out[0].numel()
+
+    def run(tile: Tile) -> None:
+        gather_rows[(n * triton.cdiv(size, tile.block),)](
+            out, src, index, weight, offsets, index.shape[0], src.shape[0], n,
+            SIZE=size, SRC_STRIDE=src.stride(0), ACC=tl.float64 if src.dtype == torch.float64 else tl.float32,
+            BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+
+    launch_tiled("sum", src, size, run)
+    return out
+
+
+def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
+    """⟨a[a_index_t], b[b_index_t]⟩, (T,), in one launch or two where rows are long; as ``reference.row_dot``."""
+    n = a_index.shape[0]
+    out = torch.empty(n, dtype=accumulate_dtype(a.dtype), device=a.device)
+    if n == 0:
+        return out
+    if a.numel() == 0 or b.numel() == 0:
+        return out.zero_()
+    a, b, a_index, b_index = contiguous_rows(a), contiguous_rows(b), a_index.contiguous(), b_index.contiguous()
+    size = a[0].numel()
+
+    def run(tile: Tile) -> None:
+        tiles = triton.cdiv(size, tile.block)
+        span = min(tiles, TILES_A_PROGRAM) * tile.block
+        parts = triton.cdiv(size, span)
+        partial = out if parts == 1 else torch.empty((parts, n), dtype=out.dtype, device=out.device)
+        dot_rows[(n * parts,)](
+            partial, a, b, a_index, b_index, n, a.shape[0], b.shape[0],
+            SIZE=size, A_STRIDE=a.stride(0), B_STRIDE=b.stride(0), BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+        )  # fmt: skip
+        if parts > 1:
+            add_parts[(triton.cdiv(n, 128),)](out, partial, n, PARTS=parts, BLOCK=128, num_warps=4)
+
+    launch_tiled("sum", a, size, run)
+    return out

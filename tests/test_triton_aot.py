@@ -1,0 +1,90 @@
+"""The Triton kernels compiled for GPUs that are not here: they compile, do not spill, and move 16 bytes at a time.
+
+All variants for sm_90, one case of each kernel for the other targets; `python -m bench.aot` compiles all for all.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from bench.aot import CALLS, TARGETS, Case, cases, compile_case
+from mixupe_kernels.triton_kernels import launch
+
+REPRESENTATIVE = [
+    Case("mixupe_loss", "mixed", "float32", (256, 10)),
+    Case("mixupe_loss", "mixed", "bfloat16", (64, 128256)),
+    Case("mixupe_loss", "dense", "bfloat16", (1024, 21841)),
+    Case("mix", "random", "uint8", (256, 3, 224, 224)),
+    Case("mix", "flip", "bfloat16", (256, 3, 224, 224)),
+    Case("mix_backward", "random", "bfloat16", (256, 3, 224, 224)),
+]
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_sm_90(case):
+    for kernel in compile_case(case, "sm_90"):
+        assert kernel.spilled == 0, kernel
+        loads, stores = wide_accesses(case, kernel.kernel)
+        assert kernel.wide_loads >= loads and kernel.wide_stores >= stores, (kernel, loads, stores)
+
+
+def wide_accesses(case, kernel):
+    """How many 16-byte accesses a thread has to make for a tile, where rows allow it: (loads, stores)."""
+    dtype, length = getattr(torch, case.dtype), math.prod(case.shape[1:])
+    size = dtype.itemsize
+    if case.operator in ("mix", "mix_backward"):
+        out_size = 2 if dtype == torch.uint8 else size
+        streams = {"mix_rows": (2, 1), "mix_pairs": (2, 2), "gather_rows": (1, 1), "dot_rows": (2, 0)}.get(kernel)
+        if streams is None or case.kind == "to_channels_last":  # which gathers bytes
+            return 0, 0
+        tile = launch.tile_for("mix", dtype, length)
+        return tuple(
+            count * tile.block * bytes_each // (tile.warps * 32 * 16)
+            for count, bytes_each in zip(streams, (size, out_size), strict=True)
+        )
+    # Rows of one tile in the table's single-row entries; shorter rows share a program and are not peeled.
+    if kernel not in ("row_stats", "row_gradient") or length < 512:
+        return 0, 0
+    summed = case.kind in ("dense", "sigmoid", "weighted")
+    family = "row_stats" if kernel == "row_stats" else "row_gradient_summed" if summed else "row_gradient"
+    tile = launch.tile_for(family, dtype, length)
+    vectors = tile.block * size // (tile.warps * 32 * 16)
+    targets = tile.block * max(size, 4) // (tile.warps * 32 * 16) if case.kind in ("dense", "sigmoid") else 0
+    return vectors + targets, vectors if kernel == "row_gradient" else 0
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_other_targets(case, target):
+    for kernel in compile_case(case, target):
+        assert kernel.spilled == 0, kernel
+
+
+def test_cases_reach_every_entry_of_the_launch_table(monkeypatch):
+    used = set()
+    tile_for = launch.tile_for
+
+    def recorded(family, dtype, length):
+        tile = tile_for(family, dtype, length)
+        used.add((family, launch.accumulate_dtype(dtype), tile))
+        return tile
+
+    monkeypatch.setattr(launch, "tile_for", recorded)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
+    for case in cases():
+        CALLS[case.operator](case)
+    table = {
+        (family, dtype, tile)
+        for family, tables in launch.TABLE.items()
+        for dtype, entries in tables.items()
+        for tile in entries.values()
+    }
+    assert used == table
