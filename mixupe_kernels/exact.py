@@ -33,7 +33,8 @@ def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=F
         unbiased = variance * (count / max(count - 1, 1))
         for running, now in ((running_mean, mean), (running_var, unbiased)):
             now = forward_ad.unpack_dual(now).primal.detach()
-            running.mul_(1 - momentum).add_(now.flatten().to(running.dtype), alpha=momentum)
+            # .data, as the built-in kernel does it: an earlier forward pass saved the buffers, though it needs them not.
+            running.data.mul_(1 - momentum).add_(now.flatten().to(running.dtype), alpha=momentum)
     out = (x - mean) * torch.rsqrt(variance + eps)
     if weight is not None:
         out = out * weight.view(per_channel)

@@ -85,6 +85,7 @@ class _LinearLoss(torch.autograd.Function):
                 d_weight += dz.t() @ inputs
             if needs_bias:
                 d_bias += dz.sum(0, dtype=wide)
+            del dz  # or it would still be held while the next chunk's is made
         if needs_weight:
             d_weight = d_weight.to(weight.dtype)
         if needs_bias:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops, reference
+from .constants import constant
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -54,7 +55,8 @@ def _scalar(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
         if value.dtype is compute and value.device == logits.device:
             return value
         return value.to(logits.device, compute, non_blocking=True)
-    return torch.full((), checks.non_negative(name, value), dtype=compute, device=logits.device)
+    value, device = checks.non_negative(name, value), logits.device
+    return constant(("scalar", value, compute, device), lambda: torch.full((), value, dtype=compute, device=device))
 
 
 def _count_rows(target: Tensor | tuple, logits: Tensor) -> tuple[int, int, Tensor]:
@@ -308,7 +310,7 @@ class MixupELoss(nn.Module):
         key = (logits.device, reference.accumulate_dtype(logits.dtype))
         eta = self._eta.get(key)
         if eta is None:
-            eta = self._eta[key] = _scalar("eta", self._eta_value, logits)
+            eta = self._eta[key] = torch.full((), self._eta_value, dtype=key[1], device=key[0])
         loss, self._parts = _loss(logits, target, eta, self.options, q)
         return loss
 

@@ -77,6 +77,16 @@ def test_batch_norm_statistics_move_once():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_stands_beside_another_forward_pass():
+    model = convnet().train()
+    x, labels = torch.randn(5, 1, 6, 6, dtype=torch.double), torch.randint(3, (5,))
+    target = mk.MixedTarget(labels, labels.flip(0), torch.full((5,), 0.4), 5, 5, 0.3)
+    logits = model(0.4 * x + 0.6 * x.flip(0))
+    q = mk.exact_q(model, x, labels, torch.zeros(1, 6, 6).double())
+    mk.MixupELoss(eta=0.5)(logits, target, q=q).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_gradients_in_train_mode_are_numerically_right():
     model = convnet().train()
     x, x_mean = torch.randn(4, 1, 5, 5, dtype=torch.double), torch.zeros(1, 5, 5, dtype=torch.double)
