@@ -1,0 +1,382 @@
+"""``python -m bench step``: the time of a whole training step, per model and way to train, over a Mixup step's.
+
+A step is the batch, forward, loss, backward and optimizer, on a batch that lies on the device. All ways take turns round
+by round in one process, and a ratio is the median of the rounds' ratios. Mixup "eager" is timm's: the flip pairing, in
+place, dense soft targets, ``SoftTargetCrossEntropy``. The 1.3× target is met where the step costs at most 1.3× of both
+eager Mixup's and our own, which has every optimization that ours has.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import mixupe_kernels as mk
+from mixupe_kernels import backends
+
+from . import models, results, timing, training_plots
+from .methods import TARGET_RATIO
+
+ALPHA, ETA = 1.0, 1e-3
+INTERVAL = 4
+FULL_RUN_ONLY = ("MixupE sample 1/4", "MixupE sample 1/16", "MixupE split 1/8", f"MixupE interval {INTERVAL}")
+
+
+@dataclasses.dataclass
+class StepRow:
+    """One way to train one model. ``seconds`` is the median time of a step; ratios have their quartiles.
+
+    ``peak_bytes`` is what a step holds at most beyond what it starts with. ``share`` is u, the part of a Mixup step that
+    grows with the rows: twice the batch costs 1 + u. ``prediction`` is 1 + (extra rows / batch)·u.
+    """
+
+    model: str
+    device: str
+    mode: str
+    batch: int
+    method: str
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ratio_ours: float
+    target_met: bool
+    peak_bytes: int
+    share: float
+    prediction: float | None
+
+
+class Spec(NamedTuple):
+    """A model and how its paper trains it."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+    batch: int
+    optimizer: Callable[..., torch.optim.Optimizer]
+    rounds: int
+    needs_gpu: bool = False
+
+
+def _adam(parameters, **options) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3, **options)
+
+
+def _sgd(parameters, **options) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+def _adamw(parameters, **options) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, **options)
+
+
+SPECS = (
+    Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 101),
+    Spec("LeNet 1x160x101", models.lenet, (1, 160, 101), 30, 100, _adam, 9),
+    Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 7),
+    Spec("PreActResNet-50 3x32x32", models.preact_resnet50, (3, 32, 32), 100, 100, _sgd, 15, True),
+    Spec("ResNet-50 3x224x224", models.resnet50, (3, 224, 224), 1000, 256, _sgd, 15, True),
+    Spec("ViT-B/16 3x224x224", models.vit_b16, (3, 224, 224), 1000, 256, _adamw, 15, True),
+)
+
+
+class Method(NamedTuple):
+    """(x, labels) → what ``objective`` takes, outside of torch.compile; ``objective`` gives the loss.
+
+    ``extra_rows`` are the model's rows beyond the batch, as a share of it; None where 1 + ρu does not apply. A call of the
+    contender makes ``steps`` steps.
+    """
+
+    prepare: Callable[[Tensor, Tensor], tuple]
+    objective: Callable[..., Tensor]
+    extra_rows: float | None
+    steps: int = 1
+
+
+def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy with dense targets, as timm's ``SoftTargetCrossEntropy`` has it."""
+    return (-target * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def eager_mixup(model: nn.Module, classes: int) -> Method:
+    """timm's batch mode: λ on the host, x mixed in place with its reverse, one-hot targets mixed."""
+
+    def prepare(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        lam = random.betavariate(ALPHA, ALPHA)
+        flipped = x.flip(0).mul_(1 - lam)
+        x.mul_(lam).add_(flipped)
+        own = F.one_hot(labels, classes).float()
+        return x, own * lam + own.flip(0) * (1 - lam)
+
+    return Method(prepare, lambda x, target: soft_target_cross_entropy(model(x), target), 0.0)
+
+
+def authors_loss(mixed: Tensor, clean: Tensor, labels: Tensor, partner: Tensor, lam: float, weight: float) -> Tensor:
+    """MixupE, eq. 5 and 7-9, in eager PyTorch on the outputs of two calls, with a one-hot target."""
+    mixed, clean = mixed.float(), clean.float()
+    mix_loss = lam * F.cross_entropy(mixed, labels) + (1 - lam) * F.cross_entropy(mixed, labels[partner])
+    q = ((F.one_hot(labels, clean.shape[1]) - clean.softmax(1)) * clean).sum(1)
+    total = mix_loss + ETA * weight * q.abs().mean()
+    return (mix_loss.abs() / total.abs()).detach() * total
+
+
+def authors(model: nn.Module, classes: int) -> Method:
+    """MixupE as its authors run it: a call for the mixed rows, another for the clean ones."""
+    weight = mk.expected_a_lambda(ALPHA)
+
+    def prepare(x: Tensor, labels: Tensor) -> tuple:
+        lam = random.betavariate(ALPHA, ALPHA)
+        partner = torch.randperm(len(x), device=x.device)
+        return lam * x + (1 - lam) * x[partner], x, labels, partner, lam
+
+    def objective(mixed: Tensor, x: Tensor, labels: Tensor, partner: Tensor, lam: float) -> Tensor:
+        return authors_loss(model(mixed), model(x), labels, partner, lam, weight)
+
+    return Method(prepare, objective, 1.0)
+
+
+def ours(model: nn.Module, mixer: mk.Mixup, extra_rows: float, steps: int = 1) -> Method:
+    """A batch of ``mixer`` and the fused loss."""
+    criterion = mk.MixupELoss(ETA)
+    return Method(mixer, lambda x, target: criterion(model(x), target), extra_rows, steps)
+
+
+def exact(model: nn.Module, mean: Tensor) -> Method:
+    """The regularizer without its approximation: a forward-mode derivative at the clean rows (eq. 4)."""
+    mixer, criterion, weight = mk.Mixup(ALPHA, pairing="flip"), mk.MixupELoss(ETA), mk.expected_a_lambda(ALPHA)
+
+    def prepare(x: Tensor, labels: Tensor) -> tuple:
+        mixed, target = mixer(x, labels)
+        return mixed, target._replace(reg_weight=weight), x, labels
+
+    def objective(mixed: Tensor, target: mk.MixedTarget, x: Tensor, labels: Tensor) -> Tensor:
+        return criterion(model(mixed), target, q=mk.exact_q(model, x, labels, mean))
+
+    return Method(prepare, objective, None)
+
+
+def make_methods(model: nn.Module, spec: Spec, batch: int, mean: Tensor) -> dict[str, Method]:
+    """Every way to train, by the name it has in the results; all of ours pair as eager Mixup does."""
+
+    def mixupe(**options) -> tuple[mk.MixupE, float]:
+        mixer = mk.MixupE(ALPHA, pairing="flip", **options)
+        return mixer, 0.0 if mixer.split or mixer.regularize == "mixed" else mixer.num_clean(batch) / batch
+
+    methods = {
+        "Mixup eager": eager_mixup(model, spec.classes),
+        "Mixup": ours(model, mk.Mixup(ALPHA, pairing="flip"), 0.0),
+        "MixupE, authors' form": authors(model, spec.classes),
+        "MixupE full": ours(model, *mixupe()),
+    }
+    for part in (4, 8, 16):
+        methods[f"MixupE sample 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part))
+    for part in (4, 8):
+        methods[f"MixupE split 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part, split=True))
+    methods["MixupE mixed"] = ours(model, *mixupe(regularize="mixed"))
+    every = mk.MixupE(ALPHA, pairing="flip", interval=INTERVAL)
+    methods[f"MixupE interval {INTERVAL}"] = ours(model, every, 1 / INTERVAL, steps=INTERVAL)
+    methods["MixupE exact q"] = exact(model, mean)
+    return methods
+
+
+def peak_bytes(model: nn.Module, call: Callable[[], object], device: str) -> int:
+    """The most bytes of tensors that a call holds beyond parameters and optimizer state; gradients count."""
+    model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        return timing.CudaTimer().peak_bytes(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+class Bench:
+    """The contenders of one model in one mode: ``"eager"``, ``"compile"`` or, on a GPU, ``"graph"``."""
+
+    def __init__(self, spec: Spec, batch: int, device: str, mode: str):
+        torch.manual_seed(0)
+        random.seed(0)
+        self.spec, self.batch, self.device, self.mode = spec, batch, device, mode
+        self.model = spec.model().to(device)
+        if len(spec.shape) == 3 and device == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
+
+    def data(self, batch: int) -> tuple[Tensor, Tensor]:
+        """A batch of its own, because eager Mixup mixes in place; bf16 channels_last on a GPU."""
+        x = torch.randn(batch, *self.spec.shape, device=self.device)
+        if self.device == "cuda" and x.dim() == 4:
+            x = x.to(torch.bfloat16, memory_format=torch.channels_last)
+        return x, torch.randint(self.spec.classes, (batch,), device=self.device)
+
+    def contender(self, method: Method, batch: int) -> Callable[[], None]:
+        """``method.steps`` steps, warmed up and compiled or captured as the mode asks."""
+        x, labels = self.data(batch)
+        options = {"capturable": True} if self.mode == "graph" else {}
+        optimizer = self.spec.optimizer(self.model.parameters(), **options)
+        objective = torch.compile(method.objective) if self.mode == "compile" else method.objective
+        mixed_precision = torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+        def call() -> None:
+            for _ in range(method.steps):
+                inputs = method.prepare(x, labels)
+                optimizer.zero_grad(set_to_none=True)
+                with mixed_precision:
+                    loss = objective(*inputs)
+                loss.backward()
+                optimizer.step()
+
+        call()
+        if self.mode == "graph":
+            call = timing.CudaTimer().capture([call], torch.cuda.graph_pool_handle())
+        if self.device != "cuda":
+            return call
+
+        def finished() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return finished
+
+    def run(self, rounds: int, quick: bool, missing: Callable[[str, Exception], None]) -> list[StepRow]:
+        """Time all contenders; one that raises is reported to ``missing`` and left out."""
+        mean = torch.zeros(self.spec.shape, device=self.device)
+        methods = make_methods(self.model, self.spec, self.batch, mean)
+        if quick:
+            methods = {name: method for name, method in methods.items() if name not in FULL_RUN_ONLY}
+        calls, peaks = {}, {}
+        for name, method in methods.items():
+            try:
+                calls[name] = self.contender(method, self.batch)
+                peaks[name] = peak_bytes(self.model, calls[name], self.device)
+            except Exception as error:  # noqa: BLE001, a model without a forward-mode formula, a step that cannot be captured
+                missing(name, error)
+                calls.pop(name, None)
+        twice = self.contender(methods["Mixup"], 2 * self.batch)
+        # On its own, because a step of twice the memory leaves the heap in another state for the one after it.
+        pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=1, min_seconds=1e-2)
+        share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
+        times = timing.interleave(calls, rounds, warmup=1, min_seconds=1e-2)
+        rows = []
+        for name in calls:
+            method = methods[name]
+            seconds = [value / method.steps for value in times[name]]
+            ratio, own = timing.ratio(seconds, times["Mixup eager"]), timing.ratio(seconds, times["Mixup"])
+            rows.append(
+                StepRow(
+                    self.spec.name,
+                    self.device,
+                    self.mode,
+                    self.batch,
+                    name,
+                    timing.quartiles(seconds)[1],
+                    *ratio,
+                    own.median,
+                    max(ratio.median, own.median) <= TARGET_RATIO,
+                    peaks[name],
+                    share,
+                    None if method.extra_rows is None else 1 + method.extra_rows * share,
+                )
+            )
+        return rows
+
+
+def bars(rows: list[StepRow]) -> list[tuple[str, str, float, float]]:
+    """(model, what, measured, at most) of each bar this benchmark is held to, on one model and mode."""
+    by_name = {row.method: row for row in rows}
+    name = f"{rows[0].model}, {rows[0].mode}"
+    limits = [("Mixup", 1.0), ("MixupE sample 1/8", TARGET_RATIO), ("MixupE split 1/4", 1.05), ("MixupE split 1/8", 1.05),
+              ("MixupE mixed", 1.05)]  # fmt: skip
+    found = [
+        (name, f"{method} / Mixup eager", by_name[method].ratio, limit) for method, limit in limits if method in by_name
+    ]
+    full, form = by_name["MixupE full"], by_name["MixupE, authors' form"]
+    return [*found, (name, "MixupE full / authors' form", full.ratio / form.ratio, 1.0)]
+
+
+def show(console: Console, rows: list[StepRow]) -> None:
+    """The table of one model in one mode."""
+    first = rows[0]
+    title = f"{first.model}, batch {first.batch}, {first.device}, {first.mode}; u = {first.share:.2f}"
+    table = Table(title=title, box=box.SIMPLE)
+    for header in ("", "ms", "/ Mixup eager", "quartiles", "/ Mixup", f"≤ {TARGET_RATIO}×", "1 + ρu", "peak MiB"):
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method, f"{1e3 * row.seconds:.2f}", f"{row.ratio:.2f}", f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+            f"{row.ratio_ours:.2f}", "[green]met[/]" if row.target_met else "[red]not met[/]",
+            "" if row.prediction is None else f"{row.prediction:.2f}", f"{row.peak_bytes / 2**20:.1f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+# mallopt(3): never mmap a buffer of its own, hand nothing back below 16 GiB. Elsewhere than on glibc it does nothing.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+
+def keep_memory() -> None:
+    """Restart this process with ``KEEP_MEMORY``, which malloc reads when a process starts, unless it has it."""
+    if any(name not in os.environ for name in KEEP_MEMORY):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**KEEP_MEMORY, **os.environ})
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer ways and rounds: 3 minutes on 2 cores")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "compile", "graph"), help="default: all on a GPU, else eager"
+    )
+    parser.add_argument("--out", type=Path, help="where results go (default bench/results/step-DEVICE)")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        keep_memory()
+    out = options.out or results.RESULTS / f"step-{options.device}"
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    rows, held = [], []
+    for spec in SPECS:
+        if options.only not in spec.name or (spec.needs_gpu and options.device == "cpu"):
+            continue
+        rounds = max(4, spec.rounds // 2) if options.quick else spec.rounds
+        for mode in options.modes or (("eager", "compile", "graph") if options.device == "cuda" else ("eager",)):
+            with console.status(f"{spec.name}, {mode}"):
+                bench = Bench(spec, spec.batch, options.device, mode)
+                new = bench.run(
+                    rounds, options.quick, lambda name, error: console.print(f"{name}: left out: {error!r}"[:300])
+                )
+            show(console, new)
+            rows, held = rows + new, held + bars(new)
+    results.write_csv(out / "rows.csv", rows, StepRow)
+    facts = results.machine_facts()
+    facts["backend"] = backends.serving(options.device)
+    if options.device == "cuda":
+        facts["device"] = torch.cuda.get_device_name()
+    training_plots.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
+    table = Table("model", "bar", "measured", "at most", "", title="Bars", box=box.SIMPLE)
+    for model, what, measured, limit in held:
+        table.add_row(
+            model, what, f"{measured:.3f}", f"{limit:g}", "[green]met[/]" if measured <= limit else "[red]not met[/]"
+        )
+    console.print(table)
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    console.print("; ".join(lines), soft_wrap=True, highlight=False)
+    console.print(f"Results and picture: {out}", soft_wrap=True, highlight=False)
+    return 0
