@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +28,7 @@ py::dict facts() {
   py::dict found;
   found["compiler"] = MIXUPE_COMPILER;
   found["simd_level"] = simd_level();
+  found["hardware_threads"] = std::thread::hardware_concurrency();
   found["stable_abi_target"] = MIXUPE_TORCH_TARGET;
   found["cuda_architectures"] = std::string(MIXUPE_CUDA_ARCHITECTURES).empty() ? "none" : MIXUPE_CUDA_ARCHITECTURES;
   return found;

@@ -1,7 +1,8 @@
-// mix, and the sums and dot products of rows its gradients are made of, on the CPU: loops over tiles of a sample.
+// mix, and the sums and dot products of rows its gradients are made of, on the CPU.
 //
-// Tiles come first and samples second, so that when a sample meets its partner the partner's tile is still in cache:
-// memory sees one read of x and one write of out (the floor) whatever the pairing.
+// The floor is one read of x and one write of out. Tiles of a sample come first and samples second, in the order in which
+// each sample's partner is the next one's own: a sample is then in cache when it is read again. Tiles are long, because
+// memory is read in long runs only: 16 KB tiles in index order took twice the time of a copy in bfloat16.
 #include <algorithm>
 
 #include "cpu.h"
@@ -48,50 +49,57 @@ MIXUPE_FN void finish_streaming() {
 #endif
 }
 
+constexpr int64_t tile_bytes = 128 << 10;  // a few tiles fit the second-level cache
+
 // A pass over samples that are flat runs of elements, in tiles: items are (tile, chunk of rows), tiles outermost.
 struct Tiling {
-  int64_t sample, rows, rows_per_chunk, chunks, tiles;
+  int64_t sample, rows, tile, rows_per_chunk, chunks, tiles;
 
-  Tiling(int64_t sample_size, int64_t row_count) : sample(sample_size), rows(row_count) {
-    tiles = (sample + block_size - 1) / block_size;
+  Tiling(int64_t sample_size, int64_t row_count, int64_t element_size) : sample(sample_size), rows(row_count) {
+    tile = std::min(sample, tile_bytes / element_size);
+    tiles = (sample + tile - 1) / tile;
     // Few tiles (short samples): rows share the work out as well.
-    rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, sample));
+    rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / tile);
+    if (tiles > 1) rows_per_chunk = std::max(rows_per_chunk, (rows + 3) / 4);
     chunks = rows ? (rows + rows_per_chunk - 1) / rows_per_chunk : 0;
   }
 
   template <typename F>
   void parallel(const F& body) const {
-    const int64_t elements = std::min(block_size, sample) * std::min(rows_per_chunk, rows);
+    const int64_t elements = tile * std::min(rows_per_chunk, rows);
     const int64_t grain = elements > 0 ? std::max<int64_t>(1, elements_per_thread / elements) : 1;
     torch::stable::parallel_for(0, tiles * chunks, grain, body);
   }
 
-  struct Item {
-    int64_t start, n, row_begin, row_end;
-  };
-
-  MIXUPE_FN Item item(int64_t index) const {
-    const int64_t start = index / chunks * block_size, row_begin = index % chunks * rows_per_chunk;
-    return {start, std::min(block_size, sample - start), row_begin, std::min(row_begin + rows_per_chunk, rows)};
+  // Calls f(row, start, n) for each block of the items, n ≤ block_size.
+  template <typename F>
+  void each_block(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t tile_start = index / chunks * tile, tile_end = std::min(tile_start + tile, sample);
+      const int64_t first = index % chunks * rows_per_chunk, last = std::min(first + rows_per_chunk, rows);
+      for (int64_t row = first; row < last; ++row)
+        for (int64_t start = tile_start; start < tile_end; start += block_size)
+          f(row, start, std::min(block_size, tile_end - start));
+    }
   }
 };
 
-// Reads a tile of some dtype into the accumulation dtype, or writes one from it. Kernels take the two as pointers: a
-// call a tile costs nothing, and spares compiling every loop for every pair of dtypes.
+// Loops over a block are functions of their own, compiled for every SIMD level. Reading and writing are pointers to
+// them: a call a block costs nothing, and spares compiling every loop for every pair of dtypes.
 template <typename T>
-using ReadTile = void (*)(const void* x, int64_t n, T* block);
+using ReadBlock = void (*)(const void* x, int64_t n, T* block);
 template <typename T>
-using WriteTile = void (*)(const T* block, int64_t n, bool stream, void* out);
+using WriteBlock = void (*)(const T* block, int64_t n, bool stream, void* out);
 
 template <typename In>
-MIXUPE_SIMD void read_tile(const void* x, int64_t n, Accumulate<In>* block) {
+MIXUPE_SIMD void read_block(const void* x, int64_t n, Accumulate<In>* block) {
   const In* values = static_cast<const In*>(x);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) block[i] = widen(values[i]);
 }
 
 template <typename T, typename Out>
-MIXUPE_SIMD void write_tile(const T* block, int64_t n, bool stream, void* out) {
+MIXUPE_SIMD void write_block(const T* block, int64_t n, bool stream, void* out) {
   if constexpr (std::is_same_v<T, Out>) {
     if (stream) return stream_bytes(out, block, n * sizeof(T));
     std::memcpy(out, block, n * sizeof(T));
@@ -104,6 +112,64 @@ MIXUPE_SIMD void write_tile(const T* block, int64_t n, bool stream, void* out) {
   }
 }
 
+template <typename In, typename T>
+MIXUPE_SIMD void mix_block(const In* own, const In* other, T lam, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = mix(T(widen(own[i])), T(widen(other[i])), lam);
+}
+
+template <typename T>
+MIXUPE_SIMD void affine_block(T scale, T shift, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = block[i] * scale + shift;
+}
+
+template <typename T>
+MIXUPE_SIMD void affine_pattern(const T* scale, const T* shift, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] = block[i] * scale[i] + shift[i];
+}
+
+// v·scale + shift per channel, for elements in the order of memory: channel(i) = i / channel_stride mod channels.
+template <typename T>
+class Affine {
+ public:
+  Affine() = default;
+  Affine(Vector<T> scale, Vector<T> shift, int64_t channels, int64_t channel_stride)
+      : scale_(scale), shift_(shift), channels_(channels), stride_(channel_stride) {
+    if (!scale || stride_ >= 64 || channels == 0) return;
+    // Short runs of a channel (channels_last: single elements): the factors of every element, over one period and as
+    // much more as a block needs from any phase.
+    const int64_t length = period() + block_size;
+    pattern_.resize(2 * length);
+    for (int64_t i = 0; i < length; ++i) {
+      pattern_[i] = scale[i / stride_ % channels_];
+      pattern_[length + i] = shift[i / stride_ % channels_];
+    }
+  }
+
+  void operator()(int64_t start, int64_t n, T* block) const {
+    if (!scale_) return;
+    if (!pattern_.empty()) {
+      const T* scale = pattern_.data() + start % period();
+      return affine_pattern(scale, scale + pattern_.size() / 2, n, block);
+    }
+    for (int64_t i = 0; i < n;) {
+      const int64_t channel = (start + i) / stride_ % channels_;
+      const int64_t run = std::min(stride_ - (start + i) % stride_, n - i);
+      affine_block(scale_[channel], shift_[channel], run, block + i);
+      i += run;
+    }
+  }
+
+ private:
+  int64_t period() const { return channels_ * stride_; }
+
+  Vector<T> scale_, shift_;
+  int64_t channels_ = 0, stride_ = 0;
+  std::vector<T> pattern_;
+};
+
 template <typename In>
 struct MixJob {
   using T = Accumulate<In>;
@@ -112,104 +178,82 @@ struct MixJob {
   int64_t x_stride, out_stride;  // in elements of x, in bytes of out
   int64_t batch, count;
   Vector<int64_t> partner, rows;
-  Vector<T> lam, scale, shift;
-  int64_t channels, channel_stride;
+  Vector<T> lam;
+  Affine<T> affine;
   int64_t out_size;  // bytes of one element
-  WriteTile<T> write;
+  WriteBlock<T> write;
   bool stream, direct;  // direct: out holds T and is written in place
+  std::vector<int64_t> order;
 
-  MIXUPE_FN char* out_tile(int64_t row, int64_t start) const { return out + row * out_stride + start * out_size; }
+  int64_t own(int64_t row) const { return rows ? rows[row] : row; }
+  int64_t other(int64_t row) const { return partner ? partner[row] : batch - 1 - own(row); }
+  char* out_block(int64_t row, int64_t start) const { return out + row * out_stride + start * out_size; }
+
+  // λ·own + (1 - λ)·other of one block; a sample of weight 0 is not read.
+  void combine(int64_t own, int64_t other, T weight, int64_t start, int64_t n, T* block) const {
+    const In *first = x + own * x_stride + start, *second = x + other * x_stride + start;
+    if (weight == T(1)) {
+      read_block<In>(first, n, block);
+    } else if (weight == T(0)) {
+      read_block<In>(second, n, block);
+    } else {
+      mix_block(first, second, weight, n, block);
+    }
+    affine(start, n, block);
+  }
 };
 
-template <typename T>
-struct Affine {
-  alignas(64) T scale[block_size];
-  alignas(64) T shift[block_size];
-};
-
-// The channel's scale and shift of each element of a tile: computed once a tile, used by every sample.
-template <typename In, typename T>
-MIXUPE_FN void fill_affine(const MixJob<In>& job, int64_t start, int64_t n, Affine<T>& affine) {
-  int64_t channel = start / job.channel_stride % job.channels, left = job.channel_stride - start % job.channel_stride;
-  for (int64_t i = 0; i < n; ++i) {
-    affine.scale[i] = job.scale[channel];
-    affine.shift[i] = job.shift[channel];
-    if (--left == 0) left = job.channel_stride, channel = channel + 1 == job.channels ? 0 : channel + 1;
+// The rows of out, so that each row's own sample is the partner of the one before it where there is such a row.
+template <typename In>
+std::vector<int64_t> chained_order(const MixJob<In>& job) {
+  std::vector<int64_t> order, waiting(job.batch, -1), next(job.count, -1);  // rows left for each own sample, linked
+  std::vector<bool> done(job.count, false);
+  order.reserve(job.count);
+  for (int64_t row = job.count; row-- > 0;) {
+    next[row] = waiting[job.own(row)];
+    waiting[job.own(row)] = row;
   }
-}
-
-template <typename In, typename T>
-MIXUPE_FN void mix_block(const In* own, const In* other, T lam, int64_t n, T* block) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) block[i] = mix(T(widen(own[i])), T(widen(other[i])), lam);
-}
-
-template <typename In, typename T>
-MIXUPE_FN void widen_block(const In* x, int64_t n, T* block) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) block[i] = widen(x[i]);
-}
-
-// λ·own + (1 - λ)·other of one tile, into `block`; a sample of weight 0 is not read.
-template <typename In, typename T>
-MIXUPE_FN void combine(const In* own, const In* other, T lam, int64_t n, const Affine<T>* affine, T* block) {
-  if (lam == T(1)) {
-    widen_block(own, n, block);
-  } else if (lam == T(0)) {
-    widen_block(other, n, block);
-  } else {
-    mix_block(own, other, lam, n, block);
+  for (int64_t row = 0, first = 0; static_cast<int64_t>(order.size()) < job.count;) {
+    if (row < 0) {
+      while (done[first]) ++first;
+      row = first;
+      // `first` heads its list: earlier rows are done, and lists ascend.
+    }
+    order.push_back(row);
+    done[row] = true;
+    waiting[job.own(row)] = next[row];
+    row = waiting[job.own(row)] >= 0 ? waiting[job.own(row)] : waiting[job.other(row)];
   }
-  if (affine) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) block[i] = block[i] * affine->scale[i] + affine->shift[i];
-  }
+  return order;
 }
 
 template <typename In>
-MIXUPE_SIMD void mix_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+void mix_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
   using T = Accumulate<In>;
-  alignas(64) T block[block_size];
-  Affine<T> affine;
-  int64_t affine_start = -1;
-  for (int64_t index = begin; index < end; ++index) {
-    const Tiling::Item item = tiling.item(index);
-    if (job.scale && affine_start != item.start) fill_affine(job, affine_start = item.start, item.n, affine);
-    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
-      const int64_t own = job.rows ? job.rows[row] : row;
-      const int64_t other = job.partner ? job.partner[row] : job.batch - 1 - own;
-      char* out = job.out_tile(row, item.start);
-      T* target = job.direct ? reinterpret_cast<T*>(out) : block;
-      combine(job.x + own * job.x_stride + item.start, job.x + other * job.x_stride + item.start, job.lam[row], item.n,
-              job.scale ? &affine : nullptr, target);
-      if (!job.direct) job.write(target, item.n, job.stream, out);
-    }
-  }
+  alignas(64) T buffer[block_size];
+  tiling.each_block(begin, end, [&](int64_t index, int64_t start, int64_t n) {
+    const int64_t row = job.order.empty() ? index : job.order[index];
+    char* out = job.out_block(row, start);
+    T* block = job.direct ? reinterpret_cast<T*>(out) : buffer;
+    job.combine(job.own(row), job.other(row), job.lam[row], start, n, block);
+    if (!job.direct) job.write(block, n, job.stream, out);
+  });
   if (job.stream) finish_streaming();
 }
 
 // The flip pairing of a whole batch, two rows at a time: each pair is read before either is written, so that out may
 // be x. Rows of the tiling are pairs.
 template <typename In>
-MIXUPE_SIMD void flip_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+void flip_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
   using T = Accumulate<In>;
   alignas(64) T first[block_size], second[block_size];
-  Affine<T> affine;
-  int64_t affine_start = -1;
-  for (int64_t index = begin; index < end; ++index) {
-    const Tiling::Item item = tiling.item(index);
-    if (job.scale && affine_start != item.start) fill_affine(job, affine_start = item.start, item.n, affine);
-    const Affine<T>* channels = job.scale ? &affine : nullptr;
-    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
-      const int64_t mirror = job.batch - 1 - row;
-      const In* own = job.x + row * job.x_stride + item.start;
-      const In* other = job.x + mirror * job.x_stride + item.start;
-      combine(own, other, job.lam[row], item.n, channels, first);
-      combine(other, own, job.lam[mirror], item.n, channels, second);
-      job.write(first, item.n, job.stream, job.out_tile(row, item.start));
-      job.write(second, item.n, job.stream, job.out_tile(mirror, item.start));
-    }
-  }
+  tiling.each_block(begin, end, [&](int64_t row, int64_t start, int64_t n) {
+    const int64_t mirror = job.batch - 1 - row;
+    job.combine(row, mirror, job.lam[row], start, n, first);
+    job.combine(mirror, row, job.lam[mirror], start, n, second);
+    job.write(first, n, job.stream, job.out_block(row, start));
+    job.write(second, n, job.stream, job.out_block(mirror, start));
+  });
   if (job.stream) finish_streaming();
 }
 
@@ -231,9 +275,9 @@ struct MixArguments {
 };
 
 template <typename T>
-WriteTile<T> tile_writer(ScalarType dtype) {
-  WriteTile<T> write = nullptr;
-  with_mixable_type(dtype, [&](auto type) { write = write_tile<T, decltype(type)>; });
+WriteBlock<T> block_writer(ScalarType dtype) {
+  WriteBlock<T> write = nullptr;
+  with_mixable_type(dtype, [&](auto type) { write = write_block<T, decltype(type)>; });
   return write;
 }
 
@@ -246,16 +290,16 @@ MixJob<In> mix_job(const MixCall& call, const MixArguments& arguments) {
   job.out_size = static_cast<int64_t>(call.out.element_size());
   job.x_stride = call.x.stride(0), job.out_stride = call.out.stride(0) * job.out_size;
   job.batch = call.batch, job.count = call.count;
-  job.channels = call.channels, job.channel_stride = call.channel_stride;
   job.partner = vector_of<int64_t>("partner", arguments.partner, call.count, call.x);
   job.rows = vector_of<int64_t>("rows", arguments.rows, call.count, call.x);
   job.lam = row_weights<T>("lam", arguments.lam, call.count, call.x);
-  job.scale = vector_of<T>("scale", arguments.scale, call.channels, call.x);
-  job.shift = vector_of<T>("shift", arguments.shift, call.channels, call.x);
+  job.affine = Affine<T>(vector_of<T>("scale", arguments.scale, call.channels, call.x),
+                         vector_of<T>("shift", arguments.shift, call.channels, call.x), call.channels,
+                         call.channel_stride);
   check_rows("partner", job.partner, call.count, call.batch);
   check_rows("rows", job.rows, call.count, call.batch);
   check_weights(job.lam, call.count);
-  job.write = tile_writer<T>(call.out.scalar_type());
+  job.write = block_writer<T>(call.out.scalar_type());
   job.stream = call.count * call.sample * job.out_size > last_level_cache;
   job.direct = !job.stream && call.out.scalar_type() == dtype_of<T>();
   return job;
@@ -263,10 +307,12 @@ MixJob<In> mix_job(const MixCall& call, const MixArguments& arguments) {
 
 void run_mix(const MixCall& call, const MixArguments& arguments) {
   with_mixable_type(call.x.scalar_type(), [&](auto type) {
-    const MixJob<decltype(type)> job = mix_job<decltype(type)>(call, arguments);
+    MixJob<decltype(type)> job = mix_job<decltype(type)>(call, arguments);
     if (call.count == 0 || call.sample == 0) return;
     const bool pairs = !job.partner && !job.rows;
-    const Tiling tiling(call.sample, pairs ? (call.count + 1) / 2 : call.count);
+    const auto element = std::max(static_cast<int64_t>(call.x.element_size()), job.out_size);
+    const Tiling tiling(call.sample, pairs ? (call.count + 1) / 2 : call.count, element);
+    if (!pairs && call.count * tiling.tile * element > 4 * tile_bytes) job.order = chained_order(job);
     tiling.parallel([&](int64_t begin, int64_t end) {
       pairs ? flip_rows(job, tiling, begin, end) : mix_rows(job, tiling, begin, end);
     });
@@ -303,23 +349,22 @@ struct GatherJob {
   Vector<T> weight;
 };
 
+template <typename In, typename T>
+MIXUPE_SIMD void add_block(const In* src, T weight, int64_t n, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) block[i] += weight * T(widen(src[i]));
+}
+
 template <typename In>
-MIXUPE_SIMD void gather_rows(const GatherJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
+void gather_rows(const GatherJob<In>& job, const Tiling& tiling, int64_t begin, int64_t end) {
   using T = Accumulate<In>;
   alignas(64) T block[block_size];
-  for (int64_t item_index = begin; item_index < end; ++item_index) {
-    const Tiling::Item item = tiling.item(item_index);
-    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
-      std::memset(block, 0, item.n * sizeof(T));
-      for (int64_t t = job.offsets[row]; t < job.offsets[row + 1]; ++t) {
-        const In* src = job.src + job.index[t] * job.src_stride + item.start;
-        const T weight = job.weight[t];
-#pragma omp simd
-        for (int64_t i = 0; i < item.n; ++i) block[i] += weight * T(widen(src[i]));
-      }
-      store_block(block, item.n, job.out + row * job.out_stride + item.start);
-    }
-  }
+  tiling.each_block(begin, end, [&](int64_t row, int64_t start, int64_t n) {
+    std::memset(block, 0, n * sizeof(T));
+    for (int64_t t = job.offsets[row]; t < job.offsets[row + 1]; ++t)
+      add_block(job.src + job.index[t] * job.src_stride + start, job.weight[t], n, block);
+    write_block<T, In>(block, n, false, job.out + row * job.out_stride + start);
+  });
 }
 
 Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor& weight, const Tensor& offsets) {
@@ -343,7 +388,7 @@ Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor&
     for (int64_t row = 0; row < rows; ++row)
       require(job.offsets[row] <= job.offsets[row + 1], "offsets must ascend");
     if (sample == 0) return;
-    const Tiling tiling(sample, rows);
+    const Tiling tiling(sample, rows, sizeof(In));
     tiling.parallel([&](int64_t begin, int64_t end) { gather_rows(job, tiling, begin, end); });
   });
   return out;
@@ -353,13 +398,21 @@ template <typename T>
 struct DotJob {
   const char *a, *b;
   int64_t a_stride, b_stride, a_size, b_size, sample;  // strides and sizes in bytes
-  ReadTile<T> read_a, read_b;
+  ReadBlock<T> read_a, read_b;
   Vector<int64_t> a_index, b_index;
   T* out;
 };
 
 template <typename T>
-MIXUPE_SIMD void dot_rows(const DotJob<T>& job, int64_t begin, int64_t end) {
+MIXUPE_SIMD T dot_block(const T* a, const T* b, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+template <typename T>
+void dot_rows(const DotJob<T>& job, int64_t begin, int64_t end) {
   alignas(64) T a[block_size], b[block_size];
   for (int64_t row = begin; row < end; ++row) {
     double total = 0;
@@ -367,20 +420,17 @@ MIXUPE_SIMD void dot_rows(const DotJob<T>& job, int64_t begin, int64_t end) {
       const int64_t n = std::min(block_size, job.sample - start);
       job.read_a(job.a + job.a_index[row] * job.a_stride + start * job.a_size, n, a);
       job.read_b(job.b + job.b_index[row] * job.b_stride + start * job.b_size, n, b);
-      T sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-      total += sum;
+      total += dot_block(a, b, n);
     }
     job.out[row] = static_cast<T>(total);
   }
 }
 
 template <typename T>
-ReadTile<T> tile_reader(ScalarType dtype) {
-  ReadTile<T> read = nullptr;
+ReadBlock<T> block_reader(ScalarType dtype) {
+  ReadBlock<T> read = nullptr;
   with_mixable_type(dtype, [&](auto type) {
-    if constexpr (std::is_same_v<Accumulate<decltype(type)>, T>) read = read_tile<decltype(type)>;
+    if constexpr (std::is_same_v<Accumulate<decltype(type)>, T>) read = read_block<decltype(type)>;
   });
   require(read, "a and b must both be float64, or neither");
   return read;
@@ -402,7 +452,7 @@ Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor&
     const auto a_size = static_cast<int64_t>(a.element_size()), b_size = static_cast<int64_t>(b.element_size());
     const DotJob<T> job{static_cast<const char*>(a.const_data_ptr()), static_cast<const char*>(b.const_data_ptr()),
                         a.stride(0) * a_size, b.stride(0) * b_size, a_size, b_size, sample,
-                        tile_reader<T>(a.scalar_type()), tile_reader<T>(b.scalar_type()),
+                        block_reader<T>(a.scalar_type()), block_reader<T>(b.scalar_type()),
                         vector_of<int64_t>("a_index", a_index, count, a),
                         vector_of<int64_t>("b_index", b_index, count, a), static_cast<T*>(out.mutable_data_ptr())};
     check_rows("a_index", job.a_index, count, a.size(0));

@@ -37,7 +37,7 @@ MIXUPE_FN float exp_fast(float x) {
 #else
   const float shifter = 12582912.f;  // 1.5·2^23: adding it rounds to an integer, held in the low bits
   const float shifted = x * 1.44269504f + shifter;
-  int bits;
+  unsigned bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
   const float n = shifted - shifter;
   const float r = (x - n * 0.693145752f) - n * 1.4286068e-6f;  // log 2 in two parts: the first times n is exact
@@ -47,7 +47,7 @@ MIXUPE_FN float exp_fast(float x) {
   tail = tail * r + 0.1666652113199234f;
   tail = tail * r + 0.4999999403953552f;
   const float e_r = 1.f + (r + r * r * tail);
-  bits = (bits - 0x4b400000 + 127) << 23;  // 0x4b400000 are the bits of the shifter
+  bits = (bits - 0x4b400000u + 127u) << 23;  // 0x4b400000 are the bits of the shifter
   float power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return x < exp_floor<float>() ? 0.f : e_r * power;

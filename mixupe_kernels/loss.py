@@ -146,8 +146,8 @@ def _loss(
     if options.sigmoid:
         ops.as_multilabel(parts)
     num_mixed, num_reg, reg_weight = _count_rows(target, logits)
-    learned_target = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in parts)
-    if q is not None or callable(options.penalty) or learned_target:
+    learned_target = parts.target.requires_grad or (parts.lam is not None and parts.lam.requires_grad)
+    if q is not None or callable(options.penalty) or (learned_target and torch.is_grad_enabled()):
         return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
     arguments = (
         rows, *parts, eta, reg_weight, num_mixed, num_reg, reference.PENALTIES.index(options.penalty),
@@ -287,7 +287,7 @@ class MixupELoss(nn.Module):
         self._eta: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.eta = eta
         self.options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward)
-        self._parts: Tensor | None = None
+        self._last: list[Tensor] = []  # not an attribute of its own: nn.Module takes 2 µs to set one to a tensor
 
     @property
     def eta(self) -> float:
@@ -303,7 +303,7 @@ class MixupELoss(nn.Module):
     @property
     def last(self) -> LossParts | None:
         """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first."""
-        return None if self._parts is None else LossParts(*self._parts[:3].unbind())
+        return LossParts(*self._last[0][:3].unbind()) if self._last else None
 
     def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
         checks.tensor("logits", logits)
@@ -311,7 +311,8 @@ class MixupELoss(nn.Module):
         eta = self._eta.get(key)
         if eta is None:
             eta = self._eta[key] = torch.full((), self._eta_value, dtype=key[1], device=key[0])
-        loss, self._parts = _loss(logits, target, eta, self.options, q)
+        loss, parts = _loss(logits, target, eta, self.options, q)
+        self._last[:] = [parts]
         return loss
 
     def extra_repr(self) -> str:

@@ -30,7 +30,7 @@ doctor.main(["doctor"])
 def test_facts():
     build = pytest.importorskip("mixupe_kernels._build", reason="the bindings are not built: no C++ compiler")
     facts = build.facts()
-    assert set(facts) == {"compiler", "simd_level", "stable_abi_target", "cuda_architectures"}
+    assert set(facts) == {"compiler", "simd_level", "hardware_threads", "stable_abi_target", "cuda_architectures"}
     assert all(facts.values())
     expected = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(torch.backends.cpu.get_cpu_capability())
     if expected and "GNU" in facts["compiler"]:

@@ -427,6 +427,16 @@ def test_gradcheck(backend, name):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_lam_has_a_gradient_through_uint8_images(backend):
+    pixels, partner = torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8), torch.tensor([1, 2, 3, 0])
+    scale, shift = torch.rand(3) / 255, torch.randn(3)
+    lam = torch.rand(4, requires_grad=True)
+    upstream = torch.randn(4, 3, 2, 2)
+    (actual,) = torch.autograd.grad(ops.mix(pixels, partner, lam, None, scale, shift, torch.float32), lam, upstream)
+    difference = (pixels.float() - pixels[partner].float()) * scale.view(1, 3, 1, 1)
+    torch.testing.assert_close(actual, (upstream * difference).sum((1, 2, 3)))
+
+
 def test_linear_detached_has_the_gradient_of_cross_entropy(backend):
     logits = doubles(6, 5)
     labels = torch.randint(5, (6,))

@@ -138,8 +138,9 @@ class _Mix(torch.autograd.Function):
             weight = torch.cat([weight, 1 - weight])[order]
             dx = call(gather_sum_op, grad, sequence.repeat(2)[order], weight, offsets).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            grad = grad.to(x.dtype)
-            dlam = call(row_dot_op, grad, x, sequence, own) - call(row_dot_op, grad, x, sequence, other)
+            values = x if x.is_floating_point() else x.to(grad.dtype)
+            grad = grad.to(values.dtype)
+            dlam = call(row_dot_op, grad, values, sequence, own) - call(row_dot_op, grad, values, sequence, other)
             dlam = dlam if lam.dim() else dlam.sum()
         return dx, None, dlam, None, None, None, None, None
 

@@ -41,9 +41,11 @@ def differentiable(function: type[torch.autograd.Function]) -> type[torch.autogr
     defaults = [argument.default_value for argument in operator._schema.arguments]
 
     def kernel(*args):
-        args = (*args, *defaults[len(args) :])
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return function.apply(*args)
+        if torch.is_grad_enabled():
+            args = (*args, *defaults[len(args) :])
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return function.apply(*args)
         return below_autograd(operator, args)
 
     library.impl(name, kernel, "Autograd")
