@@ -8,6 +8,7 @@ eager Mixup's and our own, which has every optimization that ours has.
 
 import argparse
 import dataclasses
+import json
 import os
 import random
 import sys
@@ -369,6 +370,7 @@ def main(arguments: list[str]) -> int:
     facts["backend"] = backends.serving(options.device)
     if options.device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
+    (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     training_plots.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
     table = Table("model", "bar", "measured", "at most", "", title="Bars", box=box.SIMPLE)
     for model, what, measured, limit in held:

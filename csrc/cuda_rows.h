@@ -1,0 +1,315 @@
+// Kernels over rows of logits: one pass each way, a warp or a block to a row, arithmetic from row.h. Sums are joined in
+// a fixed order and never by atomics: results repeat bit for bit.
+#pragma once
+#include "cuda.h"
+
+namespace mixupe {
+
+__device__ __forceinline__ void check_label(int64_t label, int64_t classes, int64_t ignore_index) {
+  assert(((label >= 0 && label < classes) || label == ignore_index) && "target must be a class in [0, C)");
+}
+
+// The row's labels, refused before anything is read at them.
+template <typename T>
+__device__ __forceinline__ Labels<T> checked_labels(const Targets<T>& t, int64_t row) {
+  if (t.own) check_label(t.own[row], t.classes, t.ignore_index);
+  if (t.partner) check_label(t.partner[row], t.classes, t.ignore_index);
+  return t.row_labels(row);
+}
+
+// The targets of columns k, ..., k + count - 1.
+template <int count, typename T>
+__device__ __forceinline__ void load_targets(
+    const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t k, T (&y)[count]) {
+  if (t.dense) {
+    load(t.dense + row * t.dense_stride + k, y);
+    const T kept = T(1) - t.label_smoothing, uniform = t.label_smoothing / T(t.classes);
+#pragma unroll
+    for (int i = 0; i < count; ++i) y[i] = y[i] * kept + uniform;
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) y[i] = l.uniform;
+  }
+  if (t.class_weight) {
+    T weight[count];
+    load(t.class_weight + k, weight);
+#pragma unroll
+    for (int i = 0; i < count; ++i) y[i] *= weight[i];
+  }
+  const bool labelled = (l.own >= k && l.own < k + count) || (l.partner >= k && l.partner < k + count);
+  if (t.dense || !labelled) return;
+  // Registers have no run-time index: a label is compared with each column.
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if (l.own == k + i) y[i] += l.own_weight;
+    if (l.partner == k + i) y[i] += l.partner_weight;
+  }
+}
+
+template <typename T>
+struct RowLoss {
+  T ce, entropy, lse, mass;
+};
+
+// What a thread knows of its share of a row of logits and targets.
+template <typename T>
+struct RowSums {
+  Stats<T> stats;
+  T mass, dot;  // Σ y and Σ y (z - max)
+};
+
+// `dot` of sums whose maximum becomes `max`.
+template <typename T>
+__device__ __forceinline__ T shifted_dot(const RowSums<T>& sums, T max) {
+  return sums.dot + weigh(sums.mass, finite_shift(sums.stats.max) - finite_shift(max));
+}
+
+template <int count, typename T>
+__device__ __forceinline__ void add_logits(const T (&z)[count], RowSums<T>& sums) {
+  T max = sums.stats.max;
+#pragma unroll
+  for (int i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
+  if (max > sums.stats.max) {  // rarely so after the first few packs
+    sums.dot = shifted_dot(sums, max);
+    sums.stats = merge(sums.stats, Stats<T>{max, T(0), T(0)});
+  }
+  const T shift = finite_shift(max);
+#pragma unroll
+  for (int i = 0; i < count; ++i) add_logit(z[i], shift, sums.stats.sum, sums.stats.weighted);
+}
+
+template <int count, typename T>
+__device__ __forceinline__ void add_targets(const T (&z)[count], const T (&y)[count], RowSums<T>& sums) {
+  const T shift = finite_shift(sums.stats.max);
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    sums.mass += y[i];
+    sums.dot += weigh(y[i], z[i] - shift);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ RowSums<T> join(const RowSums<T>& a, const RowSums<T>& b) {
+  const Stats<T> stats = merge(a.stats, b.stats);
+  return {stats, a.mass + b.mass, shifted_dot(a, stats.max) + shifted_dot(b, stats.max)};
+}
+
+template <typename Team, typename L, typename T>
+__device__ RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row) {
+  constexpr int pack = pack_of<L>;
+  const bool everywhere = t.everywhere();
+  const T own = widen(z[l.own]), partner = widen(z[l.partner]);  // asked for first, needed last
+  const Span span = span_of<L, pack>(z, t.classes);
+  RowSums<T> sums{empty_stats<T>(), T(0), T(0)};
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T values[count.value];
+    load(z + k, values);
+    add_logits(values, sums);
+    if (!everywhere) return;
+    T y[count.value];
+    load_targets(t, l, row, k, y);
+    add_targets(values, y, sums);
+  });
+  sums = Team::reduce(sums, [](const RowSums<T>& a, const RowSums<T>& b) { return join(a, b); });
+  const T log_total = log_sum(sums.stats), max = sums.stats.max;
+  // From shifted logits: lse - z_y would lose the digits of a shift that all logits share.
+  const T ce = everywhere ? weigh(sums.mass, log_total) - sums.dot
+                          : weigh(l.own_weight, log_total - (own - max)) +
+                                weigh(l.partner_weight, log_total - (partner - max));
+  return {ce, entropy(sums.stats, log_total), max + log_total, sums.mass};
+}
+
+template <typename T>
+struct SigmoidSums {
+  T ce, entropy, softplus;
+};
+
+template <typename Team, typename L, typename T>
+__device__ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row) {
+  constexpr int pack = pack_of<L>;
+  const Span span = span_of<L, pack>(z, t.classes);
+  SigmoidSums<T> sums{};
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T values[count.value], y[count.value];
+    load(z + k, values);
+    load_targets(t, l, row, k, y);
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) {
+      T softplus = 0;
+      add_sigmoid_logit(values[i], softplus, sums.entropy);
+      sums.softplus += softplus;
+      sums.ce += softplus - weigh(y[i], values[i]);
+    }
+  });
+  sums = Team::reduce(sums, [](const SigmoidSums<T>& a, const SigmoidSums<T>& b) {
+    return SigmoidSums<T>{a.ce + b.ce, a.entropy + b.entropy, a.softplus + b.softplus};
+  });
+  return {sums.ce, sums.entropy, sums.softplus, T(0)};
+}
+
+// What makes the rows' CE and H a MixupE loss.
+template <typename T>
+struct LossShape {
+  int64_t rows = 0, num_mixed = 0, num_reg = 0;
+  int penalty = penalty_abs;
+  T threshold = 0;
+};
+
+// Σy where q̂ depends on it: dense targets of a softmax.
+template <typename T>
+__device__ T q_hat_mass(const Targets<T>& t, bool sigmoid, T mass) {
+  return t.dense && !sigmoid ? mass : T(1);
+}
+
+template <typename L>
+struct Forward {
+  using T = Accumulate<L>;
+  const L* logits;
+  int64_t stride;
+  Targets<T> targets;
+  bool sigmoid;
+  T *ce, *entropy, *lse;
+  LossShape<T> shape;
+  // For mixupe_loss: each row's share of kept labels and its penalty.
+  T *kept = nullptr, *value = nullptr;
+};
+
+template <typename Team, bool sigmoid, typename L>
+__global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_rows(const Forward<L> job) {
+  using T = Accumulate<L>;
+  const int64_t row = Team::row();
+  if (row >= job.shape.rows) return;  // whole teams
+  const L* z = job.logits + row * job.stride;
+  const Labels<T> l = checked_labels(job.targets, row);
+  const RowLoss<T> r = [&] {
+    if constexpr (sigmoid) {
+      return sigmoid_row<Team>(z, job.targets, l, row);
+    } else {
+      return softmax_row<Team>(z, job.targets, l, row);
+    }
+  }();
+  if (Team::rank() != 0) return;
+  job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
+  if (!job.value) return;
+  const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, sigmoid, r.mass));
+  job.kept[row] = job.targets.dense ? T(1) : l.kept;
+  job.value[row] = penalty_value(q, job.shape.penalty, job.shape.threshold);
+}
+
+template <typename T>
+struct Total {
+  const T *ce, *kept, *value, *eta, *reg_weight;
+  LossShape<T> shape;
+  bool rescale;
+  T *loss, *parts;
+};
+
+struct LossSums {
+  double mix, rows_mix, reg, rows_reg;
+};
+
+// (L_mix, R, η̂, 1/rows of L_mix, 1/rows of R) and the loss, by one block: the order of summation is fixed.
+template <typename Team, typename T>
+__global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
+  const LossShape<T>& shape = job.shape;
+  LossSums sums{};
+  for (int64_t row = Team::rank(); row < shape.num_mixed; row += Team::threads) {
+    sums.mix += job.ce[row];
+    sums.rows_mix += job.kept[row];
+  }
+  for (int64_t row = shape.rows - shape.num_reg + Team::rank(); row < shape.rows; row += Team::threads) {
+    const bool whole = job.kept[row] == T(1);
+    sums.reg += whole ? job.value[row] : T(0);
+    sums.rows_reg += whole ? 1 : 0;
+  }
+  sums = Team::reduce(sums, [](const LossSums& a, const LossSums& b) {
+    return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.reg + b.reg, a.rows_reg + b.rows_reg};
+  });
+  if (Team::rank() != 0) return;
+  const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0, per_reg = sums.rows_reg > 0 ? 1 / sums.rows_reg : 0;
+  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg * *job.reg_weight, total = mix + *job.eta * reg;
+  const double eta_hat = job.rescale ? rescale_factor(mix, total) : 1;
+  const double parts[5] = {mix, reg, eta_hat, per_mix, per_reg};
+  for (int i = 0; i < 5; ++i) job.parts[i] = static_cast<T>(parts[i]);
+  *job.loss = static_cast<T>(eta_hat * total);
+}
+
+template <typename L>
+struct Backward {
+  using T = Accumulate<L>;
+  const L* logits;  // out may be the logits: each element is read by the thread that writes it, before
+  int64_t stride;
+  L* out;
+  int64_t out_stride;
+  Targets<T> targets;
+  bool sigmoid;
+  Vector<T> entropy, lse;
+  LossShape<T> shape;
+  Vector<T> grad_ce = {}, grad_entropy = {}, grad_lse = {};
+  // For mixupe_loss_backward, in place of the three gradients.
+  Vector<T> ce = {}, parts = {};
+  const T *grad = nullptr, *eta = nullptr, *reg_weight = nullptr;
+};
+
+template <typename L, typename T>
+__device__ RowGradient<T> upstream(const Backward<L>& job, const Labels<T>& l, int64_t row, T mass) {
+  if (!job.ce)
+    return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
+            job.grad_lse ? job.grad_lse[row] : T(0)};
+  const LossShape<T>& shape = job.shape;
+  const T scale = *job.grad * job.parts[2];
+  const bool mixed = row < shape.num_mixed;
+  const bool regularized = row >= shape.rows - shape.num_reg && (job.targets.dense || l.kept == T(1));
+  const T q_mass = q_hat_mass(job.targets, job.sigmoid, mass);
+  const T q = q_hat(job.ce[row], job.entropy[row], job.lse[row], q_mass);
+  return loss_gradient(mixed ? scale * job.parts[3] : T(0),
+                       regularized ? scale * (*job.eta * *job.reg_weight) * job.parts[4] : T(0), q, q_mass,
+                       shape.penalty, shape.threshold);
+}
+
+// Σy of a row; where targets differ between classes it takes a pass of its own, since every column's gradient needs it.
+template <typename Team, typename T>
+__device__ T target_mass(const Targets<T>& t, const Labels<T>& l, int64_t row, const Span& span) {
+  if (!t.dense && !t.class_weight) return l.own_weight + l.partner_weight + l.uniform * T(t.classes);
+  if (!t.dense && l.uniform == T(0)) return l.own_weight + l.partner_weight;
+  constexpr int pack = vector_bytes / sizeof(T);
+  T mass = 0;
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T y[count.value];
+    load_targets(t, l, row, k, y);
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) mass += y[i];
+  });
+  return Team::reduce(mass, [](T a, T b) { return a + b; });
+}
+
+template <typename Team, bool sigmoid, typename L>
+__global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_rows(const Backward<L> job) {
+  using T = Accumulate<L>;
+  constexpr int pack = pack_of<L>, target_pack = vector_bytes / sizeof(T);
+  const Targets<T>& t = job.targets;
+  const int64_t row = Team::row();
+  if (row >= job.shape.rows) return;  // whole teams
+  const Labels<T> l = checked_labels(t, row);
+  const T* target_row = t.dense ? t.dense + row * t.dense_stride : t.class_weight;
+  const T mass = target_mass<Team>(t, l, row, span_of<T, target_pack>(target_row, t.classes));
+  const RowGradient<T> g = upstream(job, l, row, mass);
+  const T entropy = job.entropy[row], lse = job.lse[row], level = gradient_level(g, mass, entropy);
+  const L* z = job.logits + row * job.stride;
+  L* out = job.out + row * job.out_stride;
+  const Span span = span_of<L, pack>(out, t.classes);
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T values[count.value], y[count.value];
+    load(z + k, values);
+    load_targets(t, l, row, k, y);
+    // The label term meets the rest before the one rounding to the logits' dtype: in bfloat16 a later subtraction
+    // would lose the whole gradient where p is near 1.
+#pragma unroll
+    for (int i = 0; i < count.value; ++i)
+      values[i] = sigmoid ? sigmoid_gradient(values[i], y[i], g)
+                          : softmax_gradient(values[i], lse, level, g.entropy) - g.ce * y[i];
+    store(values, out + k);
+  });
+}
+
+}  // namespace mixupe

@@ -1,0 +1,73 @@
+"""The CUDA sources compiled for GPUs that are not here: no warning, no register spilled to memory, wide loads.
+
+nvcc needs no GPU, and the sources no more of torch than the stable ABI's headers, which a CPU-only torch has too.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+SOURCES = sorted((Path(__file__).parent.parent / "csrc").glob("cuda_*.cu"))
+CAPABILITIES = (80, 90, 100)
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source.name)
+def build(request, tmp_path_factory):
+    """(source, what nvcc said of its build for every capability, the PTX for sm_90), with the flags of CMakeLists.txt."""
+    source, folder = request.param, tmp_path_factory.mktemp("cuda")
+    architectures = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CAPABILITIES]
+    command = [
+        NVCC, "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas", "-Xptxas=-v", "--threads=2",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", Path(torch.__file__).parent / "include",
+        *architectures, "--keep", "--keep-dir", folder, "-c", source, "-o", folder / "out.o",
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    (ptx,) = folder.glob("*compute_90*.ptx")
+    return source, done.stdout, ptx.read_text()
+
+
+def test_compiles_without_warnings(build):
+    _, log, _ = build
+    assert "warning" not in log.lower(), log
+
+
+def test_no_kernel_spills(build):
+    source, log, _ = build
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    kernels = len(re.findall(r"Compiling entry function", log))
+    assert len(spills) >= kernels >= len(CAPABILITIES), source
+    assert {tuple(map(int, spill)) for spill in spills} == {(0, 0, 0)}
+
+
+def test_every_kernel_is_built_for_every_capability(build):
+    source, log, _ = build
+    built = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", log)
+    names = {capability: {name for name, sm in built if sm == capability} for capability in map(str, CAPABILITIES)}
+    first, *others = (len(kernels) for kernels in names.values())
+    assert first > 0 and all(other == first for other in others), source
+    text = source.read_text()
+    for header in re.findall(r'#include "(cuda_\w+\.h)"', text):
+        text += (source.parent / header).read_text()
+    declared = set(re.findall(r"__global__ void __launch_bounds__\(.*\) (\w+)\(", text))
+    assert declared
+    for kernels in names.values():
+        assert all(any(kernel in name for name in kernels) for kernel in declared)
+
+
+def test_rows_are_read_16_bytes_at_a_time(build):
+    source, _, ptx = build
+    kernels = re.split(r"\.entry ", ptx)[1:]
+    assert kernels, source
+    for kernel in kernels:
+        name = kernel.split("(", 1)[0]
+        if "total_loss" in name or "mix_rowsIh" in name or "flip_rowsIh" in name:
+            continue  # a value a row; uint8, which is read 8 bytes at a time
+        assert re.search(r"ld\.global\.v(4\.\w32|2\.\w64)", kernel), name
