@@ -55,10 +55,6 @@ def _why_no_triton() -> str:
     return ""
 
 
-def _triton_kernels() -> dict[str, Callable]:
-    return importlib.import_module("mixupe_kernels.triton_kernels").KERNELS
-
-
 # Compiled backend → why it cannot be used here; an empty string where it can. Loading one registers its kernels.
 _missing_library = {
     "cpp": _load_library("_cpu"),

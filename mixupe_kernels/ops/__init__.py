@@ -14,7 +14,7 @@ from .losses import (
     mixupe_loss_backward_out_op,
     mixupe_loss_op,
 )
-from .mixing import check_out, gather_sum_op, mix, mix_op, mix_out_op
+from .mixing import gather_sum_op, mix, mix_op, mix_out_op
 from .registration import below_autograd, call, operators
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "ce_entropy",
     "ce_entropy_backward_op",
     "ce_entropy_op",
-    "check_out",
     "gather_sum_op",
     "mix",
     "mix_op",
