@@ -1,20 +1,22 @@
-"""Every Triton kernel compiled ahead of time, for GPUs that need not be there: ``python -m bench.aot``.
+"""Every Triton kernel compiled ahead of time, for GPUs that need not be there: ``python -m bench aot``.
 
 The launchers run as they are, on CPU tensors; only the last step differs: what they would launch is compiled for the
-target instead. So the specialization is the one a launch would get. Per kernel ``results/aot.csv`` has the registers,
-the shared memory, the bytes spilled to local memory and the 16-byte accesses to global memory.
+target instead. So the specialization is the one a launch would get. Per kernel ``results/aot.csv`` has the stages of
+its loops, the registers, the shared memory, the bytes spilled to local memory and the 16-byte accesses to global
+memory.
 
 The cases: each entry of the launch table with each kind of target at a length people use, float32 and bfloat16 for the
 common kinds, one of them for the rest, float64 where it has a table of its own; the samples of ImageNet, of CIFAR and
 short ones for mixing.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,6 +63,7 @@ class Kernel:
     case: str
     kernel: str
     threads: int
+    stages: int
     registers: int
     shared: int
     spilled: int
@@ -192,10 +195,10 @@ def _resources(kernel) -> tuple[int, int]:
 
 
 _WIDE = {  # 16-byte accesses, or 32-byte ones where there are (sm_100)
-    "ptx": r"\b{}\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)\b",
+    "ptx": r"\b(?:{})\.global(?:[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)\b|[^;]*, 0x10,)",
     "amdgcn": r"\b(?:global|buffer)_{}_dwordx4\b",
 }
-_ACCESS = {"ptx": ("ld", "st"), "amdgcn": ("load", "store")}
+_ACCESS = {"ptx": (r"ld|cp\.async\.c[ag]\.shared", "st"), "amdgcn": ("load", "store")}
 
 
 def compile_case(case: Case, target: str) -> list[Kernel]:
@@ -208,29 +211,29 @@ def compile_case(case: Case, target: str) -> list[Kernel]:
         loads, stores = (
             len(re.findall(_WIDE[language].format(access), kernel.asm[language])) for access in _ACCESS[language]
         )
-        threads = kernel.metadata.num_warps * TARGETS[target].warp_size
+        threads, stages = kernel.metadata.num_warps * TARGETS[target].warp_size, kernel.metadata.num_stages
         registers, spilled = _resources(kernel)
         shared = kernel.metadata.shared
-        rows.append(Kernel(target, str(case), name, threads, registers, shared, spilled, loads, stores))
+        rows.append(Kernel(target, str(case), name, threads, stages, registers, shared, spilled, loads, stores))
     return rows
 
 
-def main() -> None:
-    jobs = [(case, target) for target in TARGETS for case in cases()]
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot.csv", help="the file to write")
+    options = parser.parse_args(arguments)
+    jobs = [(case, target) for target in TARGETS for case in cases() if options.only in str(case)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         kernels = [
             kernel for batch in pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8) for kernel in batch
         ]
-    path = RESULTS / "aot.csv"
-    write_csv(path, kernels, Kernel)
+    write_csv(options.out, kernels, Kernel)
     for target in TARGETS:
         rows = [kernel for kernel in kernels if kernel.target == target]
         spilling = [f"{row.case} {row.kernel} {row.spilled} B" for row in rows if row.spilled]
         print(
             f"{target}: {len(rows)} kernels, at most {max(row.registers for row in rows)} registers, spilling: {spilling}"
         )
-    print(f"written: {path}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"written: {options.out}")
+    return 0

@@ -1,10 +1,14 @@
 """The Triton kernels compiled for GPUs that are not here: they compile, do not spill, and move 16 bytes at a time.
 
-All variants for sm_90, one case of each kernel for the other targets; `python -m bench.aot` compiles all for all.
+All variants for sm_90, one case of each kernel for the other targets; `python -m bench aot` compiles all for all.
 """
 
+import csv
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +22,12 @@ from triton.runtime.jit import JITFunction
 from bench.aot import CALLS, TARGETS, Case, cases, compile_case
 from mixupe_kernels.triton_kernels import launch
 
+ROOT = Path(__file__).parents[1]
 REPRESENTATIVE = [
     Case("mixupe_loss", "mixed", "float32", (256, 10)),
     Case("mixupe_loss", "mixed", "bfloat16", (64, 128256)),
     Case("mixupe_loss", "dense", "bfloat16", (1024, 21841)),
+    Case("mixupe_loss", "dense", "float32", (64, 128256)),
     Case("mix", "random", "uint8", (256, 3, 224, 224)),
     Case("mix", "flip", "bfloat16", (256, 3, 224, 224)),
     Case("mix_backward", "random", "bfloat16", (256, 3, 224, 224)),
@@ -53,12 +59,15 @@ def wide_accesses(case, kernel):
     # Rows of one tile in the table's single-row entries; shorter rows share a program and are not peeled.
     if kernel not in ("row_stats", "row_gradient") or length < 512:
         return 0, 0
-    summed = case.kind in ("dense", "sigmoid", "weighted")
-    family = "row_stats" if kernel == "row_stats" else "row_gradient_summed" if summed else "row_gradient"
-    tile = launch.tile_for(family, dtype, length)
+    dense = case.kind in ("dense", "sigmoid")
+    summed = dense or case.kind == "weighted"
+    suffix = {"row_stats": "_dense" * dense, "row_gradient": "_summed" * summed}[kernel]
+    tile = launch.tile_for(kernel + suffix, dtype, length)
     vectors = tile.block * size // (tile.warps * 32 * 16)
-    targets = tile.block * max(size, 4) // (tile.warps * 32 * 16) if case.kind in ("dense", "sigmoid") else 0
-    return vectors + targets, vectors if kernel == "row_gradient" else 0
+    targets = tile.block * max(size, 4) // (tile.warps * 32 * 16) if dense else 0
+    # The loads of a pipelined loop stand before it as well, once for each tile that is fetched ahead.
+    stages = tile.stages if length > tile.block else 1
+    return (vectors + targets) * stages, vectors if kernel == "row_gradient" else 0
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
@@ -66,6 +75,36 @@ def wide_accesses(case, kernel):
 def test_other_targets(case, target):
     for kernel in compile_case(case, target):
         assert kernel.spilled == 0, kernel
+
+
+@pytest.mark.parametrize("columns", [4096, 21841, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stages_fetch_the_tiles_of_a_loop_ahead(monkeypatch, dtype, columns):
+    tile, compiled = launch.tile_for("row_stats", dtype, columns), []
+    for stages in launch.STAGES:
+        entry = {launch.ANY: tile._replace(stages=stages)}
+        monkeypatch.setitem(launch.TABLE["row_stats"], launch.accumulate_dtype(dtype), entry)
+        case = Case("mixupe_loss", "mixed", str(dtype).removeprefix("torch."), (1024, columns))
+        compiled.append(compile_case(case, "sm_90")[0])
+    plain, ahead = compiled[0], [stages - 1 if columns > tile.block else 0 for stages in launch.STAGES]
+    assert [kernel.stages for kernel in compiled] == list(launch.STAGES)
+    assert [kernel.wide_loads for kernel in compiled] == [plain.wide_loads * (1 + tiles) for tiles in ahead]
+    assert [kernel.shared - plain.shared for kernel in compiled] == [
+        tile.block * dtype.itemsize * tiles for tiles in ahead
+    ]
+
+
+def test_command_writes_a_row_for_each_kernel(tmp_path):
+    path = tmp_path / "aot.csv"
+    command = [sys.executable, "-m", "bench", "aot", "--only", "mixupe_loss-mixed-float32-256x10", "--out", str(path)]
+    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    kernels = {"row_stats", "loss_total", "row_gradient"}
+    assert {(row["target"], row["kernel"]) for row in rows} == {
+        (name, kernel) for name in TARGETS for kernel in kernels
+    }
+    assert all(row["stages"] == "1" and row["spilled"] == "0" for row in rows) and f"written: {path}" in said
 
 
 def test_cases_reach_every_entry_of_the_launch_table(monkeypatch):

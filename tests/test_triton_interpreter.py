@@ -439,11 +439,29 @@ def test_every_entry_of_the_launch_table(family, dtype, length, monkeypatch):
         check("row_dot", x, x, index, index)
         check("gather_sum", x, index, torch.rand(3, dtype=dtype), torch.arange(4))
     else:
-        targets = x.softmax(1) if family == "row_gradient_summed" else index.clamp(max=length - 1)
+        targets = x.softmax(1) if family.endswith(("_dense", "_summed")) else index.clamp(max=length - 1)
         check_entropy(x, (targets, None, None))
     table = launch.TABLE[family][dtype]
     expected = table[min(longest for longest in table if longest >= length)]
     assert ((family, dtype, length), expected) in used
+
+
+def test_neighbours_try_other_stages_of_a_loop_only():
+    tile = launch.tile_for("row_stats", torch.float32, 5000)
+    plain, looped = (list(launch.neighbours(tile, looped)) for looped in (False, True))
+    assert plain == looped[: len(plain)] and {other.stages for other in plain} == {tile.stages}
+    assert {other.stages for other in looped} == set(launch.STAGES)
+    assert all(other == tile._replace(stages=other.stages) for other in looped[len(plain) :])
+
+
+@pytest.mark.parametrize("length, tiles", [(5000, 7), (3000, 5)])
+def test_autotuning_of_rows_tries_stages_where_they_loop(monkeypatch, length, tiles):
+    monkeypatch.setenv("MIXUPE_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "_tuned", {})
+    timed = []
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run: timed.append(run()) or len(timed))
+    KERNELS["ce_entropy"](torch.randn(3, length), torch.tensor([0, 1, 2]))
+    assert len(timed) == tiles and list(launch._tuned.values()) == [launch.tile_for("row_stats", torch.float32, length)]
 
 
 def test_autotuning_takes_the_fastest_neighbour(monkeypatch, capsys):
@@ -461,7 +479,7 @@ def test_autotuning_takes_the_fastest_neighbour(monkeypatch, capsys):
     expected = reference.mix(x, None, lam)
     for _ in range(2):
         torch.testing.assert_close(KERNELS["mix"](x, None, lam), expected)
-    *_, last = launch.neighbours(launch.tile_for("mix", torch.float32, 600))
+    *_, last = launch.neighbours(launch.tile_for("mix", torch.float32, 600), looped=False)
     assert len(timed) == 5 and list(launch._tuned.values()) == [last]
     assert str(last) in capsys.readouterr().out
     KERNELS["mix_out"](x, None, lam, out=x)  # in place, a second run would mix twice

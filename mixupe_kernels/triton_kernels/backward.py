@@ -60,7 +60,7 @@ def row_gradient(
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
     PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, column groups) of ``dz``.
 
@@ -86,7 +86,7 @@ def row_gradient(
     edge_place = (row.to(tl.int64) * STRIDE)[:, None] + edge
     if SUM_TARGETS:
         mass = tl.zeros((ROWS,), ACC)
-        for start in range(0, C, BLOCK):
+        for start in tl.range(0, C, BLOCK, num_stages=num_stages):
             step = (start + tl.arange(0, BLOCK))[None, :]
             valid = inside[:, None] & (step < body[:, None])
             place = offset[:, None] + step + target_shift
@@ -131,7 +131,7 @@ def row_gradient(
         edge_y = target_tile(target, terms, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
         edge_dz = gradient_tile(edge_z, edge_y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID)
         tl.store(out + (edge_place + out_shift), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
-    for start in range(0, SPAN, BLOCK):
+    for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
         step = (first + start + tl.arange(0, BLOCK))[None, :]
         valid = inside[:, None] & (step < body[:, None])
         place = offset[:, None] + step
@@ -171,7 +171,7 @@ def _backward(
             C=columns, STRIDE=logits.stride(0), TARGET_STRIDE=target.labels.stride(0), OUT_STRIDE=buffer.stride(0),
             LABEL_SMOOTHING=label_smoothing, IGNORE_INDEX=ignore_index, SIGMOID=sigmoid,
             PENALTY=penalty, THRESHOLD=threshold,
-            ROWS=tile.rows, BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
         )  # fmt: skip
 
     if n:

@@ -98,7 +98,7 @@ def row_stats(
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
     PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, splits): each program reads SPAN columns of ROWS rows. ``states`` (5, N, splits) or None."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
@@ -117,7 +117,7 @@ def row_stats(
     weighted = tl.zeros((ROWS,), ACC)
     linear = tl.zeros((ROWS,), ACC)
     mass = tl.zeros((ROWS,), ACC)
-    for start in range(0, SPAN, BLOCK):
+    for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
         step = (first + start + tl.arange(0, BLOCK))[None, :]
         valid = inside[:, None] & (step < body[:, None])
         place = offset[:, None] + step
@@ -207,13 +207,15 @@ def loss_total(
     rows_mix = tl.zeros((BLOCK,), sums.dtype.element_ty)
     value = tl.zeros((BLOCK,), sums.dtype.element_ty)
     rows_reg = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    for start in range(0, programs, BLOCK):
+    start = 0  # and while: as in sums.gather_rows
+    while start < programs:
         program = start + tl.arange(0, BLOCK)
         mask = program < programs
         ce += tl.load(sums + program, mask=mask, other=0.0)
         rows_mix += tl.load(sums + programs + program, mask=mask, other=0.0)
         value += tl.load(sums + 2 * programs + program, mask=mask, other=0.0)
         rows_reg += tl.load(sums + 3 * programs + program, mask=mask, other=0.0)
+        start += BLOCK
     rows_mix = tl.sum(rows_mix, 0)
     rows_reg = tl.sum(rows_reg, 0)
     one = rows_mix * 0 + 1
@@ -268,19 +270,20 @@ def _forward(
             row_stats[(triton.cdiv(n, tile.rows), splits)](
                 logits, target, saved, sums, states, n, num_mixed, num_reg,
                 **shape, TARGET_STRIDE=target.labels.stride(0), **flags,
-                ROWS=tile.rows, BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+                ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
             )  # fmt: skip
         if n and splits > 1:
             merge_stats[(groups,)](
                 logits, target, saved, sums, states, n, num_mixed, num_reg,
-                **shape, **flags, ROWS=MERGE_ROWS, SPLITS=splits, num_warps=1,
+                **shape, **flags, ROWS=MERGE_ROWS, SPLITS=splits, num_warps=1, num_stages=1,
             )  # fmt: skip
         if loss:
             loss_total[(1,)](
-                total, parts, sums, eta, reg_weight, groups, RESCALE=rescale, BLOCK=1024, num_warps=4
+                total, parts, sums, eta, reg_weight, groups,
+                RESCALE=rescale, BLOCK=1024, num_warps=4, num_stages=1,
             )  # fmt: skip
 
-    launch_tiled("row_stats", logits, columns, run)
+    launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)
     return (total, parts, *saved) if loss else saved
 
 

@@ -18,61 +18,94 @@ from ..reference import accumulate_dtype
 
 
 class Tile(NamedTuple):
-    """What one program works on: ``rows`` × ``block`` values at a time, by ``warps`` warps."""
+    """What one program works on: ``rows`` × ``block`` values at a time, by ``warps`` warps; where it loops over a row,
+    the loads of ``stages`` - 1 further tiles are on their way meanwhile."""
 
     rows: int
     block: int
     warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What a launch is given of it by Triton's names; kernels that loop take ``num_stages`` as an argument too."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 ANY = 1 << 62
 
 # family -> accumulation dtype -> {longest row: tile}; a row longer than its tile is looped over.
+#
+# Stages are chosen from code compiled for sm_90; no GPU has timed any. Rows that fit one tile give the same PTX at 1 to
+# 4, so 1. At 2, row_stats copies the next tile by 16-byte cp.async while it reduces this one: 8 KiB of shared memory a
+# program and 40 registers as before (bfloat16), or 16 KiB and 40 -> 45 (float32); row_gradient_summed takes 12 KiB and
+# 48 registers as before. 3 and 4 take as much shared memory again, each. Split rows are four programs a multiprocessor:
+# 32 KiB of bfloat16, where 4.3 TB/s at an assumed latency of 0.8 µs ask for 26 KB at all times, so 2.
+# Dense targets have three times that on their way at 1, and at 2 went from 60 registers to 79 and spilled on sm_100;
+# dot_rows has twice that and no reduction to wait for, gather_rows has no range to pipeline, "mix" and "row_gradient"
+# have a program for each tile: so 1.
+# The loops name their stages themselves: at a launch alone they matter only to loops with a tl.dot.
+# https://github.com/triton-lang/triton/blob/main/lib/Dialect/TritonGPU/Transforms/Pipeliner/AssignLatencies.cpp
 TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
     "row_stats": {
         torch.float32: {
-            16: Tile(64, 16, 4),
-            64: Tile(32, 64, 4),
-            256: Tile(8, 256, 4),
-            1024: Tile(1, 1024, 4),
-            ANY: Tile(1, 4096, 8),
+            16: Tile(64, 16, 4, 1),
+            64: Tile(32, 64, 4, 1),
+            256: Tile(8, 256, 4, 1),
+            1024: Tile(1, 1024, 4, 1),
+            ANY: Tile(1, 4096, 8, 2),
         },
-        torch.float64: {16: Tile(64, 16, 4), 256: Tile(4, 256, 4), ANY: Tile(1, 2048, 8)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 2)},
+    },
+    # The same where targets are dense: a second stream as long as the first.
+    "row_stats_dense": {
+        torch.float32: {
+            16: Tile(64, 16, 4, 1),
+            64: Tile(32, 64, 4, 1),
+            256: Tile(8, 256, 4, 1),
+            1024: Tile(1, 1024, 4, 1),
+            ANY: Tile(1, 4096, 8, 1),
+        },
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     "row_gradient": {
         torch.float32: {
-            16: Tile(64, 16, 4),
-            64: Tile(32, 64, 4),
-            256: Tile(8, 256, 4),
-            1024: Tile(1, 1024, 4),
-            ANY: Tile(1, 4096, 8),
+            16: Tile(64, 16, 4, 1),
+            64: Tile(32, 64, 4, 1),
+            256: Tile(8, 256, 4, 1),
+            1024: Tile(1, 1024, 4, 1),
+            ANY: Tile(1, 4096, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4), 256: Tile(4, 256, 4), ANY: Tile(1, 2048, 8)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     # The same where a program first sums its rows' targets: two streams and an edge to keep at hand.
     "row_gradient_summed": {
         torch.float32: {
-            16: Tile(64, 16, 4),
-            64: Tile(32, 64, 4),
-            256: Tile(8, 256, 4),
-            1024: Tile(1, 1024, 4),
-            ANY: Tile(1, 2048, 8),
+            16: Tile(64, 16, 4, 1),
+            64: Tile(32, 64, 4, 1),
+            256: Tile(8, 256, 4, 1),
+            1024: Tile(1, 1024, 4, 1),
+            ANY: Tile(1, 2048, 8, 2),
         },
-        torch.float64: {16: Tile(64, 16, 4), 256: Tile(4, 256, 4), ANY: Tile(1, 1024, 8)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 1024, 8, 2)},
     },
     "mix": {
-        torch.float32: {256: Tile(1, 256, 1), 1024: Tile(1, 1024, 4), ANY: Tile(1, 4096, 8)},
-        torch.float64: {512: Tile(1, 512, 4), ANY: Tile(1, 2048, 8)},
+        torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
+        torch.float64: {512: Tile(1, 512, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     "sum": {
-        torch.float32: {256: Tile(1, 256, 1), 1024: Tile(1, 1024, 4), ANY: Tile(1, 4096, 8)},
-        torch.float64: {512: Tile(1, 512, 4), ANY: Tile(1, 2048, 8)},
+        torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
+        torch.float64: {512: Tile(1, 512, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
 }
 
 # Rows are split over programs where there are fewer rows than this: a device runs some 500 to 1000 programs of eight
 # warps at once. A constant, not the device's own count, so that every device sums in the same order.
 PROGRAMS = 512
+
+# The families whose programs loop over tiles, and the stages to try for them: at 4, three streams of float32 would
+# need 144 KiB of shared memory, and sm_86, sm_89 and sm_120 have 99.
+LOOPED, STAGES = ("row_stats", "row_stats_dense", "row_gradient_summed", "sum"), (1, 2, 3)
 
 _tuned: dict[tuple, Tile] = {}
 
@@ -83,8 +116,9 @@ def tile_for(family: str, dtype: torch.dtype, length: int) -> Tile:
     return table[min(longest for longest in table if length <= longest)]
 
 
-def neighbours(tile: Tile) -> Iterator[Tile]:
-    """The tile itself, then half and twice its warps and its rows (its block, where a program has one row)."""
+def neighbours(tile: Tile, looped: bool) -> Iterator[Tile]:
+    """The tile itself, half and twice its warps and its rows (its block, where a program has one row), then its other
+    stages where it is ``looped``."""
     yield tile
     for warps in (tile.warps // 2, tile.warps * 2):
         if 1 <= warps <= 16:
@@ -94,6 +128,8 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
             yield tile._replace(rows=tile.rows * num // den)
         else:
             yield tile._replace(block=tile.block * num // den)
+    if looped:
+        yield from (tile._replace(stages=stages) for stages in STAGES if stages != tile.stages)
 
 
 def launch_tiled(family: str, like: Tensor, length: int, run: Callable[[Tile], None], repeatable: bool = True) -> None:
@@ -103,7 +139,8 @@ def launch_tiled(family: str, like: Tensor, length: int, run: Callable[[Tile], N
         if repeatable and os.environ.get("MIXUPE_AUTOTUNE") == "1":
             key = (family, like.device, like.dtype, tuple(like.shape), length)
             if key not in _tuned:
-                times = {other: triton.testing.do_bench(lambda other=other: run(other)) for other in neighbours(tile)}
+                tiles = neighbours(tile, looped=family in LOOPED and length > tile.block)
+                times = {other: triton.testing.do_bench(lambda other=other: run(other)) for other in tiles}
                 _tuned[key] = min(times, key=times.get)
                 print(f"mixupe: {family} {tuple(like.shape)} {like.dtype}: {_tuned[key]}, table {tile}", flush=True)
             tile = _tuned[key]

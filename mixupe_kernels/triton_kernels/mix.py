@@ -158,12 +158,12 @@ def mix_out(
         tiles = triton.cdiv(size, tile.block)
         if pairs:
             mix_pairs[((n + 1) // 2 * tiles,)](
-                out, x, lam, scale, shift, n, **shape, LAST=x_last, BLOCK=tile.block, num_warps=tile.warps
+                out, x, lam, scale, shift, n, **shape, LAST=x_last, BLOCK=tile.block, **tile.launch
             )
         else:
             mix_rows[(n * tiles,)](
                 out, x, partner, rows, lam, scale, shift, n, x.shape[0],
-                **shape, X_LAST=x_last, OUT_LAST=out_last, BLOCK=tile.block, num_warps=tile.warps,
+                **shape, X_LAST=x_last, OUT_LAST=out_last, BLOCK=tile.block, **tile.launch,
             )  # fmt: skip
 
     in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -26,11 +26,14 @@ def gather_rows(
     first = tl.maximum(tl.load(offsets + j), 0)
     last = tl.minimum(tl.load(offsets + j + 1), terms)
     total = tl.zeros((BLOCK,), ACC)
-    for t in range(first, last):
+    # The interpreter of Triton 3.6 makes no int of a bound known only at run time where NumPy is 2.5: so no range.
+    t = first
+    while t < last:
         source = tl.load(index + t)
         readable = (source >= 0) & (source < sources)
         factor = tl.where(readable, tl.load(weight + t).to(ACC), float("nan"))
         total += factor * tl.load(src + source * SRC_STRIDE + step, mask=mask & readable, other=0.0).to(ACC)
+        t += 1
     tl.store(out + j.to(tl.int64) * SIZE + step, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -39,6 +42,7 @@ def dot_rows(
     out, a, b, a_index, b_index,
     n, a_rows, b_rows,
     SIZE: tl.constexpr, A_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (n · parts,), part t of each product into ``out`` (parts, n)."""
     t = tl.program_id(0) % n
@@ -46,7 +50,7 @@ def dot_rows(
     a_row, b_row = tl.load(a_index + t), tl.load(b_index + t)
     readable = (a_row >= 0) & (a_row < a_rows) & (b_row >= 0) & (b_row < b_rows)
     total = tl.zeros((BLOCK,), out.dtype.element_ty)
-    for start in range(0, SPAN, BLOCK):
+    for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
         step = part * SPAN + start + tl.arange(0, BLOCK)
         mask = (step < SIZE) & readable
         left = tl.load(a + a_row * A_STRIDE + step, mask=mask, other=0.0).to(out.dtype.element_ty)
@@ -86,7 +90,7 @@ def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> T
         gather_rows[(n * triton.cdiv(size, tile.block),)](
             out, src, index, weight, offsets, index.shape[0], src.shape[0], n,
             SIZE=size, SRC_STRIDE=src.stride(0), ACC=tl.float64 if src.dtype == torch.float64 else tl.float32,
-            BLOCK=tile.block, num_warps=tile.warps,
+            BLOCK=tile.block, **tile.launch,
         )  # fmt: skip
 
     launch_tiled("sum", src, size, run)
@@ -111,10 +115,10 @@ def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
         partial = out if parts == 1 else torch.empty((parts, n), dtype=out.dtype, device=out.device)
         dot_rows[(n * parts,)](
             partial, a, b, a_index, b_index, n, a.shape[0], b.shape[0],
-            SIZE=size, A_STRIDE=a.stride(0), B_STRIDE=b.stride(0), BLOCK=tile.block, SPAN=span, num_warps=tile.warps,
+            SIZE=size, A_STRIDE=a.stride(0), B_STRIDE=b.stride(0), BLOCK=tile.block, SPAN=span, **tile.launch,
         )  # fmt: skip
         if parts > 1:
-            add_parts[(triton.cdiv(n, 128),)](out, partial, n, PARTS=parts, BLOCK=128, num_warps=4)
+            add_parts[(triton.cdiv(n, 128),)](out, partial, n, PARTS=parts, BLOCK=128, num_warps=4, num_stages=1)
 
     launch_tiled("sum", a, size, run)
     return out
