@@ -104,10 +104,10 @@ def _mixupe_loss(case: Case) -> None:
     target = (torch.empty(case.shape, dtype=compute), None, None)
     if case.kind in ("mixed", "smoothed"):
         target = (torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=compute))
-    options = {"num_mixed": n // 2, "num_reg": n // 2, "sigmoid": case.kind == "sigmoid"}
+    options = {"num_mixed": n // 2, "sigmoid": case.kind == "sigmoid"}
     options["label_smoothing"] = 0.1 if case.kind == "smoothed" else 0.0
-    _, *saved = KERNELS["mixupe_loss"](logits, *target, scalar, scalar, **options)
-    KERNELS["mixupe_loss_backward"](scalar, logits, *target, scalar, scalar, *saved, **options)
+    _, *saved = KERNELS["mixupe_loss"](logits, *target, scalar, scalar, num_reg=n // 2, **options)
+    KERNELS["mixupe_loss_backward"](scalar, logits, *target, *saved, **options)
 
 
 def _ce_entropy(case: Case) -> None:

@@ -108,9 +108,9 @@ def mixupe_loss_errors(
     eta_hat = mix_loss.abs() / total.abs()
     value = Deviation()
     value.add(loss, eta_hat * total)
-    parts = torch.stack([mix_loss, reg, eta_hat, eta_hat.new_tensor(1 / num_mixed), eta_hat.new_tensor(1 / num_reg)])
-    coefficients = reference.loss_coefficients(
-        torch.ones_like(total), *target, eta.double(), reg_weight.double(), parts, ce, entropy, lse,
-        num_mixed, num_reg, reference.PENALTIES.index("abs"), 1.0, 0.0, False,
-    )  # fmt: skip
+    grad_q = eta_hat * eta.double() * reg_weight.double() / num_reg * torch.sign(entropy - ce)
+    grad_q[:num_mixed] = 0
+    grad_ce = -grad_q
+    grad_ce[:num_mixed] += eta_hat / num_mixed
+    coefficients = (grad_ce, grad_q, torch.zeros_like(grad_q))
     return value.value, gradient_error(gradient, coefficients, logits, entropy, lse, target)

@@ -206,10 +206,31 @@ Targets<T> check_targets(
   return t;
 }
 
-inline void check_loss_rows(int64_t rows, int64_t num_mixed, int64_t num_reg, int64_t penalty) {
+// What makes the rows' CE and H a MixupE loss.
+template <typename T>
+struct LossShape {
+  int64_t rows = 0, num_mixed = 0, num_reg = 0;
+  int penalty = penalty_abs;
+  T threshold = 0;
+
+  // Whether a row with this share of kept labels carries R.
+  MIXUPE_FN bool regularizes(int64_t row, T kept) const { return row >= rows - num_reg && kept == T(1); }
+};
+
+// Σy where q̂ depends on it: dense targets of a softmax.
+template <typename T>
+MIXUPE_FN T q_hat_mass(const Targets<T>& t, bool sigmoid, T mass) {
+  return t.dense && !sigmoid ? mass : T(1);
+}
+
+template <typename T>
+LossShape<T> check_loss_shape(
+    const Tensor& logits, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold) {
+  const int64_t rows = logits.size(0);
   require(num_mixed >= 0 && num_mixed <= rows, "num_mixed must be in [0, ", rows, "], got ", num_mixed);
   require(num_reg >= 0 && num_reg <= rows, "num_reg must be in [0, ", rows, "], got ", num_reg);
   require(penalty >= 0 && penalty <= 2, "penalty must be 0, 1 or 2, got ", penalty);
+  return {rows, num_mixed, num_reg, static_cast<int>(penalty), static_cast<T>(threshold)};
 }
 
 // Mixing: samples as flat runs of elements, in one memory order for the input and the output
@@ -283,6 +304,22 @@ inline bool same_memory(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
   return true;
+}
+
+// Where the loss's gradient is written: `out` itself, or a buffer of its own to be copied to it.
+struct GradientOutput {
+  Tensor buffer;
+  bool apart;
+};
+
+inline GradientOutput check_gradient_output(const Tensor& logits, const Tensor& out) {
+  require_dtype("out", out, logits.scalar_type());
+  require_device("out", out, logits);
+  require(sizes_of(out) == sizes_of(logits), "out must have the shape of logits");
+  require(!overlap(logits, out) || same_memory(logits, out), "out must be logits itself or not overlap it");
+  const bool dense = samples_are(out, MemoryFormat::Contiguous) && (out.size(0) <= 1 || out.stride(0) >= out.size(1));
+  return dense ? GradientOutput{out, false}
+               : GradientOutput{allocate(logits, logits.scalar_type(), sizes_of(logits)), true};
 }
 
 // One call of mix, its layout settled: `x` and `out` hold samples in the same memory order.

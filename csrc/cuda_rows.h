@@ -147,20 +147,6 @@ __device__ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<
   return {sums.ce, sums.entropy, sums.softplus, T(0)};
 }
 
-// What makes the rows' CE and H a MixupE loss.
-template <typename T>
-struct LossShape {
-  int64_t rows = 0, num_mixed = 0, num_reg = 0;
-  int penalty = penalty_abs;
-  T threshold = 0;
-};
-
-// Σy where q̂ depends on it: dense targets of a softmax.
-template <typename T>
-__device__ T q_hat_mass(const Targets<T>& t, bool sigmoid, T mass) {
-  return t.dense && !sigmoid ? mass : T(1);
-}
-
 template <typename L>
 struct Forward {
   using T = Accumulate<L>;
@@ -170,7 +156,7 @@ struct Forward {
   bool sigmoid;
   T *ce, *entropy, *lse;
   LossShape<T> shape;
-  // For mixupe_loss: each row's share of kept labels and its penalty.
+  // For mixupe_loss, whose `entropy` is signed: each row's share of kept labels and its penalty.
   T *kept = nullptr, *value = nullptr;
 };
 
@@ -192,8 +178,12 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_row
   job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
   if (!job.value) return;
   const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, sigmoid, r.mass));
-  job.kept[row] = job.targets.dense ? T(1) : l.kept;
-  job.value[row] = penalty_value(q, job.shape.penalty, job.shape.threshold);
+  const LossShape<T>& shape = job.shape;
+  const T kept = job.targets.dense ? T(1) : l.kept;
+  const T slope = shape.regularizes(row, kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
+  job.kept[row] = kept;
+  job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
+  job.entropy[row] = sign_entropy(r.entropy, slope);
 }
 
 template <typename T>
@@ -208,7 +198,8 @@ struct LossSums {
   double mix, rows_mix, reg, rows_reg;
 };
 
-// (L_mix, R, η̂, 1/rows of L_mix, 1/rows of R) and the loss, by one block: the order of summation is fixed.
+// (L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R) and the loss, by one block: the order of summation
+// is fixed.
 template <typename Team, typename T>
 __global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
   const LossShape<T>& shape = job.shape;
@@ -218,18 +209,19 @@ __global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
     sums.rows_mix += job.kept[row];
   }
   for (int64_t row = shape.rows - shape.num_reg + Team::rank(); row < shape.rows; row += Team::threads) {
-    const bool whole = job.kept[row] == T(1);
-    sums.reg += whole ? job.value[row] : T(0);
-    sums.rows_reg += whole ? 1 : 0;
+    const bool regularized = shape.regularizes(row, job.kept[row]);
+    sums.reg += regularized ? job.value[row] : T(0);
+    sums.rows_reg += regularized ? 1 : 0;
   }
   sums = Team::reduce(sums, [](const LossSums& a, const LossSums& b) {
     return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.reg + b.reg, a.rows_reg + b.rows_reg};
   });
   if (Team::rank() != 0) return;
-  const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0, per_reg = sums.rows_reg > 0 ? 1 / sums.rows_reg : 0;
-  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg * *job.reg_weight, total = mix + *job.eta * reg;
+  const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0;
+  const double per_reg = sums.rows_reg > 0 ? *job.reg_weight / sums.rows_reg : 0;
+  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg, total = mix + *job.eta * reg;
   const double eta_hat = job.rescale ? rescale_factor(mix, total) : 1;
-  const double parts[5] = {mix, reg, eta_hat, per_mix, per_reg};
+  const double parts[5] = {mix, reg, eta_hat, eta_hat * per_mix, eta_hat * *job.eta * per_reg};
   for (int i = 0; i < 5; ++i) job.parts[i] = static_cast<T>(parts[i]);
   *job.loss = static_cast<T>(eta_hat * total);
 }
@@ -244,27 +236,25 @@ struct Backward {
   Targets<T> targets;
   bool sigmoid;
   Vector<T> entropy, lse;
-  LossShape<T> shape;
+  int64_t rows;
   Vector<T> grad_ce = {}, grad_entropy = {}, grad_lse = {};
-  // For mixupe_loss_backward, in place of the three gradients.
-  Vector<T> ce = {}, parts = {};
-  const T *grad = nullptr, *eta = nullptr, *reg_weight = nullptr;
+  // For mixupe_loss_backward, in place of the three gradients; `entropy` is then signed, and no `grad` stands for 1.
+  bool loss = false;
+  const T* grad = nullptr;
+  Vector<T> parts = {};
+  int64_t num_mixed = 0;
+  int penalty = penalty_abs;
 };
 
 template <typename L, typename T>
-__device__ RowGradient<T> upstream(const Backward<L>& job, const Labels<T>& l, int64_t row, T mass) {
-  if (!job.ce)
-    return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
-            job.grad_lse ? job.grad_lse[row] : T(0)};
-  const LossShape<T>& shape = job.shape;
-  const T scale = *job.grad * job.parts[2];
-  const bool mixed = row < shape.num_mixed;
-  const bool regularized = row >= shape.rows - shape.num_reg && (job.targets.dense || l.kept == T(1));
-  const T q_mass = q_hat_mass(job.targets, job.sigmoid, mass);
-  const T q = q_hat(job.ce[row], job.entropy[row], job.lse[row], q_mass);
-  return loss_gradient(mixed ? scale * job.parts[3] : T(0),
-                       regularized ? scale * (*job.eta * *job.reg_weight) * job.parts[4] : T(0), q, q_mass,
-                       shape.penalty, shape.threshold);
+__device__ RowGradient<T> upstream(const Backward<L>& job, int64_t row, T slope, T mass) {
+  if (job.loss) {
+    const T grad = job.grad ? *job.grad : T(1);
+    return loss_gradient(row < job.num_mixed ? grad * job.parts[3] : T(0), grad * job.parts[4], slope,
+                         q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
+  }
+  return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
+          job.grad_lse ? job.grad_lse[row] : T(0)};
 }
 
 // Σy of a row; where targets differ between classes it takes a pass of its own, since every column's gradient needs it.
@@ -289,12 +279,13 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
   constexpr int pack = pack_of<L>, target_pack = vector_bytes / sizeof(T);
   const Targets<T>& t = job.targets;
   const int64_t row = Team::row();
-  if (row >= job.shape.rows) return;  // whole teams
+  if (row >= job.rows) return;  // whole teams
   const Labels<T> l = checked_labels(t, row);
   const T* target_row = t.dense ? t.dense + row * t.dense_stride : t.class_weight;
   const T mass = target_mass<Team>(t, l, row, span_of<T, target_pack>(target_row, t.classes));
-  const RowGradient<T> g = upstream(job, l, row, mass);
-  const T entropy = job.entropy[row], lse = job.lse[row], level = gradient_level(g, mass, entropy);
+  const SignedEntropy<T> h = job.loss ? split_sign(job.entropy[row]) : SignedEntropy<T>{job.entropy[row], T(0)};
+  const RowGradient<T> g = upstream(job, row, h.slope, mass);
+  const T lse = job.lse[row], level = gradient_level(g, mass, h.entropy);
   const L* z = job.logits + row * job.stride;
   L* out = job.out + row * job.out_stride;
   const Span span = span_of<L, pack>(out, t.classes);

@@ -193,8 +193,27 @@ MIXUPE_FN T penalty_value(T q, int penalty, T threshold) {
 
 template <typename T>
 MIXUPE_FN T penalty_slope(T q, int penalty, T threshold) {
+  if (q != q) return q;
   if (penalty == penalty_abs) return q > T(0) ? T(1) : q < T(0) ? T(-1) : T(0);
-  return penalty == penalty_threshold && !(q < threshold) ? T(0) : T(-1);
+  return penalty == penalty_threshold && q >= threshold ? T(0) : T(-1);
+}
+
+// All that the backward has to keep of a row beside lse: H times the penalty's slope, and ∞ where that is 0, since H then
+// has no part in the gradient. A zero has a sign, too, and rounding may have made H negative.
+template <typename T>
+MIXUPE_FN T sign_entropy(T entropy, T slope) {
+  return slope == T(0) ? T(INFINITY) : slope * std::fabs(entropy);
+}
+
+template <typename T>
+struct SignedEntropy {
+  T entropy, slope;
+};
+
+template <typename T>
+MIXUPE_FN SignedEntropy<T> split_sign(T signed_entropy) {
+  if (std::isinf(signed_entropy)) return {T(0), T(0)};
+  return {std::fabs(signed_entropy), std::signbit(signed_entropy) ? T(-1) : T(1)};
 }
 
 template <typename T>
@@ -208,11 +227,11 @@ MIXUPE_FN T rescale_factor(T mix_loss, T total) {
   return total == T(0) ? T(1) : std::fabs(mix_loss) / std::fabs(total);
 }
 
-// Gradients of the row's CE, H and lse: `mix` and `reg` are what upstream leaves of L_mix's and R's means (0 for a row
-// outside them); with linear_detached y - p is a constant, so H has no gradient of its own.
+// Gradients of the row's CE, H and lse: `mix` is ∂L/∂CE of a row of L_mix (0 for another), `reg` ∂L/∂penalty of a row of
+// R; with linear_detached y - p is a constant, so H has no gradient of its own.
 template <typename T>
-MIXUPE_FN RowGradient<T> loss_gradient(T mix, T reg, T q, T target_mass, int penalty, T threshold) {
-  const T g_q = weigh(reg, penalty_slope(q, penalty, threshold));
+MIXUPE_FN RowGradient<T> loss_gradient(T mix, T reg, T slope, T target_mass, int penalty) {
+  const T g_q = weigh(slope, reg);
   return {mix - g_q, penalty == penalty_linear_detached ? T(0) : g_q, g_q * (target_mass - T(1))};
 }
 

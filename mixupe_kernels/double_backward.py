@@ -91,11 +91,8 @@ def mixupe_loss_double_backward(
     target: Tensor,
     partner: Tensor | None,
     lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
     parts: Tensor,
-    ce: Tensor,
-    entropy: Tensor,
+    signed_entropy: Tensor,
     lse: Tensor,
     *options,
 ) -> tuple[Tensor, Tensor]:
@@ -106,10 +103,8 @@ def mixupe_loss_double_backward(
     """
     smoothing, sigmoid = options[-2:]
     target_options = (target, partner, lam, None, smoothing, reference.IGNORE_INDEX, sigmoid)
-    one = torch.ones_like(grad)
-    coefficients = reference.loss_coefficients(
-        one, target, partner, lam, eta, reg_weight, parts, ce, entropy, lse, *options
-    )
+    coefficients = reference.loss_coefficients(torch.ones_like(grad), target, parts, signed_entropy, *options)
+    entropy, _ = reference.split_sign(signed_entropy)
     scaled = [grad * coefficient for coefficient in coefficients]
     *upstream, dz, d_entropy, d_lse = ce_entropy_double_backward(v, *scaled, logits, entropy, lse, *target_options)[:6]
     d_grad = sum((d * coefficient).sum() for d, coefficient in zip(upstream, coefficients, strict=True))

@@ -36,7 +36,7 @@ class _LinearLoss(torch.autograd.Function):
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         count, classes = hidden.shape[0], weight.shape[0]
         buffer = hidden.new_empty((min(chunk_rows, count), classes), dtype=dtype)
-        rows = hidden.new_empty((3, count), dtype=reference.accumulate_dtype(dtype))
+        rows = [hidden.new_empty(count, dtype=reference.accumulate_dtype(dtype)) for _ in range(3)]
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(count, chunk_rows):
                 logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
@@ -44,8 +44,8 @@ class _LinearLoss(torch.autograd.Function):
                 outputs = ops.call(ops.ce_entropy_op, logits, *_of_chunk(target, chunk), *row_options)
                 for row, output in zip(rows, outputs, strict=True):
                     row[chunk] = output
-        loss, parts = reference.loss_of_rows(*rows, *target, eta, reg_weight, *options)
-        ctx.save_for_backward(hidden, weight, bias, *target, eta, reg_weight, parts, rows)
+        loss, parts, signed_entropy = reference.loss_of_rows(*rows, *target, eta, reg_weight, *options)
+        ctx.save_for_backward(hidden, weight, bias, *target, parts, signed_entropy, rows[2])
         ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, options
         ctx.mark_non_differentiable(parts)
         return loss, parts
@@ -56,14 +56,11 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError(
                 "linear_mixupe_loss is differentiable once: for create_graph=True use mixupe_loss of the logits"
             )
-        hidden, weight, bias, target, partner, lam, eta, reg_weight, parts, rows = ctx.saved_tensors
-        target = ops.Target(target, partner, lam)
-        num_mixed, num_reg, penalty, threshold, _, smoothing, sigmoid = ctx.options
-        coefficients = reference.loss_coefficients(
-            grad, *target, eta, reg_weight, parts, *rows,
-            num_mixed, num_reg, penalty, threshold, smoothing, sigmoid,
-        )  # fmt: skip
-        _, entropy, lse = rows
+        hidden, weight, bias, target, partner, lam, parts, signed_entropy, lse = ctx.saved_tensors
+        target, options = ops.Target(target, partner, lam), ops.backward_options(*ctx.options)
+        *_, smoothing, sigmoid = options
+        coefficients = reference.loss_coefficients(grad, target.target, parts, signed_entropy, *options)
+        entropy, _ = reference.split_sign(signed_entropy)
         matrix, offset = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         buffer = hidden.new_empty((min(ctx.chunk_rows, hidden.shape[0]), weight.shape[0]), dtype=ctx.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

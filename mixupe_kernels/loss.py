@@ -80,8 +80,8 @@ class _InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *args):
         outputs = ops.below_autograd(ops.mixupe_loss_op, (logits, *args))
-        ctx.save_for_backward(logits, *args[:5], *outputs[1:])
-        ctx.options = (*args[5:9], *args[10:])
+        ctx.save_for_backward(logits, *args[:3], *outputs[1:])
+        ctx.options = ops.backward_options(*args[5:])
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs[:2]
 
@@ -156,7 +156,28 @@ def _loss(
     if options.inplace_backward:
         _check_inplace(logits)
         return ops.call(_InplaceLoss.apply, *arguments)
-    return ops.call(ops.mixupe_loss_op, *arguments)[:2]
+    operator = ops.mixupe_loss_with_gradient_op if _wants_gradient_now(rows) else ops.mixupe_loss_op
+    return ops.call(operator, *arguments)[:2]
+
+
+# Logits that stay in the last-level cache (bytes) have their gradient made with the loss.
+_GRADIENT_NOW = 16 << 20
+
+
+def _wants_gradient_now(rows: Tensor) -> bool:
+    """Whether to make the gradient in the forward, for an upstream gradient of 1: the usual case, told without a sync.
+
+    On the CPU this spares the second call of an operator. float16 logits wait for the upstream gradient: a loss
+    scaler's factor keeps theirs from underflowing.
+    """
+    return (
+        rows.requires_grad
+        and rows.device.type == "cpu"
+        and rows.dtype is not torch.float16
+        and rows.numel() * rows.element_size() <= _GRADIENT_NOW
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def composed_loss(
@@ -226,8 +247,9 @@ def mixupe_loss(
 
     L_mix is the mean cross-entropy of the first ``target.num_mixed`` rows; R is taken on the last ``target.num_reg``,
     with w = ``target.reg_weight`` (eq. 7). η̂ = \|L_mix\| / \|L_mix + η R\| is a constant to autograd (eq. 9), and 1 where
-    its denominator is 0. Rows whose label is -100 leave both means; a mean over no rows is 0. For the backward, three
-    floats a row are kept beside the arguments.
+    its denominator is 0. Rows whose label is -100 leave both means; a mean over no rows is 0. For the backward, two
+    floats a row are kept beside the arguments (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the
+    forward).
 
     Args:
         logits: (N, ..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).

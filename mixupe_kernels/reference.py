@@ -274,16 +274,15 @@ def mixupe_loss(
     rescale: bool = True,
     label_smoothing: float = 0.0,
     sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, parts, ce, entropy, lse), parts = (L_mix, R, η̂, 1/rows of L_mix, 1/rows of R); penalty indexes PENALTIES.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, parts, signed_entropy, lse); penalty indexes PENALTIES.
 
-    The first ``num_mixed`` rows carry L_mix and the last ``num_reg`` carry R. Rows whose label is ignored leave
-    both means, and a mean over no rows is 0.
+    parts = (L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R). The first ``num_mixed`` rows carry L_mix
+    and the last ``num_reg`` carry R. Rows whose label is ignored leave both means, and a mean over no rows is 0.
     """
-    ce, entropy, lse = ce_entropy(logits, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid)
-    rows = (ce, entropy, lse)
+    rows = ce_entropy(logits, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid)
     options = (num_mixed, num_reg, penalty, threshold, rescale, label_smoothing, sigmoid)
-    return *loss_of_rows(*rows, target, partner, lam, eta, reg_weight, *options), *rows
+    return *loss_of_rows(*rows, target, partner, lam, eta, reg_weight, *options), rows[2]
 
 
 def loss_of_rows(
@@ -302,57 +301,63 @@ def loss_of_rows(
     rescale: bool,
     label_smoothing: float,
     sigmoid: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss, parts) of rows whose CE, H and lse are known."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, parts, signed_entropy) of rows whose CE, H and lse are known."""
     q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
     kept = kept_labels(target, partner, lam)
     kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
-    whole = kept[kept.shape[0] - num_reg :] == 1
-    rows_mix, rows_reg = kept[:num_mixed].sum(), whole.sum().to(ce.dtype)
+    regularized = (torch.arange(ce.shape[0], device=ce.device) >= ce.shape[0] - num_reg) & (kept == 1)
+    value = (q.abs(), _zero_where(q >= threshold, -q), -q)[penalty]
+    slope = (torch.sign(q), -(q < threshold).to(q.dtype), -torch.ones_like(q))[penalty]
+    slope = torch.where(q.isnan(), q, slope)
+    rows_mix, rows_reg = kept[:num_mixed].sum(), regularized.sum().to(ce.dtype)
     per_mix = torch.where(rows_mix > 0, 1 / rows_mix, 0.0).to(ce.dtype)
-    per_reg = torch.where(rows_reg > 0, 1 / rows_reg, 0.0).to(ce.dtype)
-    q = q[q.shape[0] - num_reg :]
-    value = (q.abs(), _zero_where(~(q < threshold) & ~q.isnan(), -q), -q)[penalty]
+    per_reg = reg_weight.to(ce.dtype) * torch.where(rows_reg > 0, 1 / rows_reg, 0.0).to(ce.dtype)
+    eta = eta.to(ce.dtype)
     mix_loss = ce[:num_mixed].sum() * per_mix
-    reg = reg_weight.to(ce.dtype) * _zero_where(~whole, value).sum() * per_reg
-    total = mix_loss + eta.to(ce.dtype) * reg
+    reg = _zero_where(~regularized, value).sum() * per_reg
+    total = mix_loss + eta * reg
     eta_hat = torch.where(total == 0, 1.0, mix_loss.abs() / total.abs()) if rescale else torch.ones_like(total)
-    loss = (eta_hat * total).to(ce.dtype)
-    return loss, torch.stack([mix_loss, reg, eta_hat.to(ce.dtype), per_mix, per_reg])
+    eta_hat = eta_hat.to(ce.dtype)
+    parts = torch.stack([mix_loss, reg, eta_hat, eta_hat * per_mix, eta_hat * eta * per_reg])
+    return eta_hat * total, parts, sign_entropy(entropy, _zero_where(~regularized, slope))
+
+
+def sign_entropy(entropy: Tensor, slope: Tensor) -> Tensor:
+    """H times the penalty's slope at q̂, which is -1, 0 or 1; ∞ where it is 0, since H then has no part in the gradient.
+
+    With lse, this is all that the backward has to keep of a row: two floats. Rounding may have made H negative, or a
+    negative zero.
+    """
+    return torch.where(slope == 0, torch.inf, slope * entropy.abs())
+
+
+def split_sign(signed_entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, slope) of ``sign_entropy``; H is 0 where the slope is."""
+    flat = signed_entropy.isinf()
+    slope = torch.where(signed_entropy.signbit(), -1.0, 1.0).to(signed_entropy.dtype)
+    return _zero_where(flat, signed_entropy.abs()), _zero_where(flat, slope)
 
 
 def loss_coefficients(
     grad: Tensor,
     target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
     parts: Tensor,
-    ce: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
+    signed_entropy: Tensor,
     num_mixed: int,
-    num_reg: int,
     penalty: int,
-    threshold: float,
     label_smoothing: float,
     sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (g_ce, g_H, g_lse) of ``grad``·loss, (N,) each; η̂ is a constant (detached, MixupE eq. 9)."""
-    rows = torch.arange(ce.shape[0], device=ce.device)
-    q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
-    slope = (torch.sign(q), -(q < threshold).to(q.dtype), -torch.ones_like(q))[penalty]
-    kept = kept_labels(target, partner, lam)
-    regularized = rows >= ce.shape[0] - num_reg
-    if kept is not None:
-        regularized = regularized & (kept == 1)
-    upstream = grad.to(ce.dtype) * parts[2]
-    g_q = _zero_where(~regularized, upstream * eta.to(ce.dtype) * reg_weight.to(ce.dtype) * parts[4] * slope)
-    g_ce = _zero_where(rows >= num_mixed, (upstream * parts[3]).expand_as(ce)) - g_q
+    _, slope = split_sign(signed_entropy)
+    grad = grad.to(slope.dtype)
+    outside = torch.arange(slope.shape[0], device=slope.device) >= num_mixed
+    g_q = _zero_where(slope == 0, grad * parts[4] * slope)
+    g_ce = _zero_where(outside, (grad * parts[3]).expand_as(slope)) - g_q
     g_lse = torch.zeros_like(g_q)
     if target.dim() == 2 and not sigmoid:
-        g_lse = g_q * (target.to(lse.dtype).sum(1) * (1 - label_smoothing) + label_smoothing - 1)
+        g_lse = g_q * (target.to(g_q.dtype).sum(1) * (1 - label_smoothing) + label_smoothing - 1)
     # linear_detached: (y - p) is a constant, so H has no gradient of its own.
     g_entropy = torch.zeros_like(g_q) if PENALTIES[penalty] == "linear_detached" else g_q
     return g_ce, g_entropy, g_lse
@@ -364,24 +369,18 @@ def mixupe_loss_backward(
     target: Tensor,
     partner: Tensor | None,
     lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
     parts: Tensor,
-    ce: Tensor,
-    entropy: Tensor,
+    signed_entropy: Tensor,
     lse: Tensor,
     num_mixed: int,
-    num_reg: int,
     penalty: int = 0,
-    threshold: float = 1.0,
     label_smoothing: float = 0.0,
     sigmoid: bool = False,
 ) -> Tensor:
     """The gradient of ``grad``·loss with respect to the logits, (N, C)."""
-    coefficients = loss_coefficients(
-        grad, target, partner, lam, eta, reg_weight, parts, ce, entropy, lse,
-        num_mixed, num_reg, penalty, threshold, label_smoothing, sigmoid,
-    )  # fmt: skip
+    options = (num_mixed, penalty, label_smoothing, sigmoid)
+    coefficients = loss_coefficients(grad, target, parts, signed_entropy, *options)
+    entropy, _ = split_sign(signed_entropy)
     return ce_entropy_backward(
         *coefficients, logits, entropy, lse, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid
     )
@@ -390,3 +389,27 @@ def mixupe_loss_backward(
 def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
     """``mixupe_loss_backward`` into ``out``, which may be the logits themselves."""
     out.copy_(mixupe_loss_backward(*args, **kwargs))
+
+
+def mixupe_loss_with_gradient(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    rescale: bool = True,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
+    labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
+    loss, parts, *rows = mixupe_loss(
+        logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
+    )
+    one = torch.ones_like(loss)
+    return loss, parts, mixupe_loss_backward(one, logits, *labels, parts, *rows, num_mixed, penalty, *tail)

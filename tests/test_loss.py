@@ -129,6 +129,45 @@ def test_targets_are_checked(target, change, error, message):
         mk.mixupe_loss(torch.randn(8, 5), target._replace(**change), eta=0.1)
 
 
+def loss_of(logits, target):
+    return mk.mixupe_loss(logits, target, eta=0.5)
+
+
+def test_a_gradient_made_in_the_forward_is_scaled_and_kept(target):
+    logits = torch.randn(8, 5, requires_grad=True)
+    loss = loss_of(logits, target)
+    once = torch.autograd.grad(loss, logits, retain_graph=True)[0].clone()
+    (expected,) = torch.autograd.grad(loss_of(logits.double(), target), logits)
+    torch.testing.assert_close(once, expected)
+    assert "WithGradient" in loss.grad_fn.name()
+    for factor in (1, 3, 1, 3):
+        (factor * loss).backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(logits.grad, 9 * once)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], once)
+
+
+def test_gradients_for_many_upstream_gradients_at_once(target):
+    logits = torch.randn(8, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss_of(logits, target), logits)
+    factors = torch.tensor([1.0, -2.0])
+    (batched,) = torch.autograd.grad(loss_of(logits, target), logits, factors, is_grads_batched=True)
+    torch.testing.assert_close(batched, factors.view(2, 1, 1) * gradient)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((4, 3), torch.float16), ((5, 2**20), torch.float32)], ids=["float16", "beyond the cache"]
+)
+def test_a_gradient_made_in_the_backward(shape, dtype):
+    labels = torch.arange(shape[0]) % 3
+    target = mk.MixedTarget(labels, labels.flip(0), torch.full((shape[0],), 0.3), 2, shape[0] - 2, 0.25)
+    logits = torch.randn(shape, dtype=dtype, requires_grad=True)
+    assert "WithGradient" not in loss_of(logits, target).grad_fn.name()
+    (gradient,) = torch.autograd.grad(512 * loss_of(logits, target), logits)
+    (expected,) = torch.autograd.grad(512 * loss_of(logits.double(), target), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_inplace_backward_writes_over_the_logits(target):
     weight = torch.randn(5, 5, requires_grad=True)
     x = torch.randn(8, 5)

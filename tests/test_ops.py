@@ -176,9 +176,10 @@ def check_mixupe_loss(logits, kind, counts, penalty, smoothing=0.0, rescale=True
     for output, expected, torchs in zip(outputs, truth, peer, strict=True):
         assert_accurate(output, expected, torchs, ulps=16)
     grad = torch.tensor(1.7, dtype=scalars[0].dtype)
-    truth_dz = reference.mixupe_loss_backward(grad.double(), *doubled, *truth[1:], *options, *tail)
-    peer_dz = reference.mixupe_loss_backward(grad, logits, *target, *scalars, *peer[1:], *options, *tail)
-    arguments = (grad, logits, *target, *scalars, *outputs[1:], *options, *tail)
+    tail = (counts[0], penalty, *tail)
+    truth_dz = reference.mixupe_loss_backward(grad.double(), *doubled[:-2], *truth[1:], *tail)
+    peer_dz = reference.mixupe_loss_backward(grad, logits, *target, *peer[1:], *tail)
+    arguments = (grad, logits, *target, *outputs[1:], *tail)
     dz = ops.mixupe_loss_backward(*arguments)
     assert_accurate(dz, truth_dz, peer_dz, ulps=16)
     out = torch.full_like(dz, torch.nan)
@@ -187,6 +188,10 @@ def check_mixupe_loss(logits, kind, counts, penalty, smoothing=0.0, rescale=True
     in_place = logits.clone()
     ops.mixupe_loss_backward_out(grad, in_place, *arguments[2:], out=in_place)
     assert torch.equal(in_place, dz)
+    loss, parts, gradient = ops.mixupe_loss_with_gradient(logits, *target, *scalars, *options, rescale, *tail[2:])
+    one = torch.ones_like(grad)
+    assert torch.equal(loss, outputs[0]) and torch.equal(parts, outputs[1])
+    assert torch.equal(gradient, ops.mixupe_loss_backward(one, *arguments[1:]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (4, 21841), (300, 3)], ids=str)
@@ -200,6 +205,16 @@ def test_mixupe_loss_shapes_and_options(backend, shape, kind, smoothing, rescale
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mixupe_loss_layouts(backend, layout):
     check_mixupe_loss(make_logits((20, 37), torch.float32, layout), "mixed", (10, 10), 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_without_entropy_keeps_its_slope(backend, dtype):
+    """H = 0 has a sign in what the backward keeps: here R = |0 - 2000|, whose gradient is that of the cross-entropy."""
+    logits, label = torch.tensor([[2000.0, 0, 0]], dtype=dtype), torch.tensor([1])
+    weights = [torch.tensor(value, dtype=compute_dtype(dtype)) for value in (0.5, 0.25, 1.0)]
+    _, *saved = ops.mixupe_loss(logits, label, None, None, *weights[:2], 0, 1, 0, 1.0, False)
+    gradient = ops.mixupe_loss_backward(weights[2], logits, label, None, None, *saved, 0)
+    assert gradient.tolist() == [[0.125, -0.125, 0]]
 
 
 def test_ignored_rows_leave_both_means(backend):
@@ -451,12 +466,12 @@ def opcheck_cases():
     labels, partner, lam = make_target("mixed", (6, 5), torch.float32)
     y = torch.rand(6, 5)
     eta, weight = torch.tensor(0.3), torch.tensor(0.25)
-    ce, entropy, lse = (t.detach() for t in ops.ce_entropy(z, labels, partner, lam))
-    parts = ops.mixupe_loss(z, labels, partner, lam, eta, weight, 3, 3)[1].detach()
+    _, entropy, lse = (t.detach() for t in ops.ce_entropy(z, labels, partner, lam))
+    _, *saved = (t.detach() for t in ops.mixupe_loss(z, labels, partner, lam, eta, weight, 3, 3))
     x = torch.randn(6, 3, 4, 4, requires_grad=True)
     pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
     index, term_weight, offsets = many_to_one(6, 9)
-    loss_tail = (labels, partner, lam, eta, weight, parts, ce, entropy, lse, 3, 3)
+    loss_tail = (labels, partner, lam, *saved, 3)
     return [
         ("mix", (x, partner, lam), {}),
         ("mix", (x, None, torch.tensor(0.3)), {}),
@@ -471,12 +486,13 @@ def opcheck_cases():
         ("ce_entropy_backward", (lam, lam, None, z, entropy, lse, labels, partner, lam), {}),
         ("mixupe_loss", (z, labels, partner, lam, eta, weight, 3, 3), {}),
         ("mixupe_loss", (zb, labels, None, None, eta, weight, 6, 6, 1, 0.5, False, 0.1, False), {}),
+        ("mixupe_loss_with_gradient", (z, labels, partner, lam, eta, weight, 3, 3), {}),
         ("mixupe_loss_backward", (eta, z, *loss_tail), {}),
         ("mixupe_loss_backward_out", (eta, z.detach(), *loss_tail), {"out": torch.empty(6, 5)}),
     ]
 
 
-@pytest.mark.parametrize("case", range(15))
+@pytest.mark.parametrize("case", range(16))
 def test_opcheck(backend, case):
     name, args, kwargs = opcheck_cases()[case]
     torch.library.opcheck(getattr(ops, name).default, args, kwargs)

@@ -82,15 +82,20 @@ def check_loss(logits, target, num_mixed, num_reg, *, eta=0.3, rescale=True, **o
     compute = compute_dtype(logits.dtype)
     weights = (torch.tensor(eta, dtype=compute), torch.tensor(0.25, dtype=compute))
     rows = {"num_mixed": num_mixed, "num_reg": num_reg}
-    _, *saved = check("mixupe_loss", logits, *target, *weights, **rows, rescale=rescale, **options)
+    forward = {**rows, "rescale": rescale, **options}
+    outputs = check("mixupe_loss", logits, *target, *weights, **forward)
     upstream = torch.tensor(1.7, dtype=compute)
-    args = (*target, *weights, *saved)
-    gradient = check("mixupe_loss_backward", upstream, logits, *args, **rows, **options)
+    args = (*target, *outputs[1:])
+    options = {"num_mixed": num_mixed} | {key: value for key, value in options.items() if key != "threshold"}
+    gradient = check("mixupe_loss_backward", upstream, logits, *args, **options)
+    with_gradient = KERNELS["mixupe_loss_with_gradient"](logits, *target, *weights, **forward)
+    expected = KERNELS["mixupe_loss_backward"](torch.ones_like(upstream), logits, *args, **options)
+    assert all(map(torch.equal, with_gradient, (*outputs[:2], expected)))
     # A copy with the logits' strides (a clone would be dense), overwritten by its own gradient.
     out = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
-    assert KERNELS["mixupe_loss_backward_out"](upstream, out, *args, **rows, **options, out=out) is None
+    assert KERNELS["mixupe_loss_backward_out"](upstream, out, *args, **options, out=out) is None
     assert torch.equal(out, gradient)
-    return saved[0]
+    return outputs[1]
 
 
 def test_signatures_are_the_references():
@@ -260,7 +265,7 @@ def test_split_rows_take_three_launches_and_one(kind, launches):
     eta, grad = torch.tensor(0.3), torch.tensor(1.0)
     _, *saved = KERNELS["mixupe_loss"](logits, *target, eta, eta, 2, 1)
     assert launches == ["row_stats", "merge_stats", "loss_total"]
-    KERNELS["mixupe_loss_backward"](grad, logits, *target, eta, eta, *saved, 2, 1)
+    KERNELS["mixupe_loss_backward"](grad, logits, *target, *saved, 2)
     assert launches[3:] == ["row_gradient"]
     check_loss(logits, target, 2, 1)
 
@@ -269,7 +274,7 @@ def test_launch_counts(launches):
     logits, target = make_logits((8, 33), torch.float32), make_target("mixed", (8, 33), torch.float32)
     eta, grad, x = torch.tensor(0.3), torch.tensor(1.0), torch.randn(4, 3, 8, 8)
     _, *saved = KERNELS["mixupe_loss"](logits, *target, eta, eta, 4, 4)
-    KERNELS["mixupe_loss_backward"](grad, logits, *target, eta, eta, *saved, 4, 4)
+    KERNELS["mixupe_loss_backward"](grad, logits, *target, *saved, 4)
     assert launches == ["row_stats", "loss_total", "row_gradient"]
     launches.clear()
     KERNELS["mix"](x, torch.randperm(4), torch.tensor(0.3), torch.tensor([0, 1, 2, 3]))
@@ -283,7 +288,7 @@ def test_empty_batch(kind, launches):
     eta = torch.tensor(0.3)
     loss, parts, *saved = KERNELS["mixupe_loss"](logits, *target, eta, eta, 0, 0)
     assert loss == 0 and torch.equal(parts, torch.tensor([0.0, 0, 1, 0, 0]))
-    assert KERNELS["mixupe_loss_backward"](eta, logits, *target, eta, eta, parts, *saved, 0, 0).shape == (0, 5)
+    assert KERNELS["mixupe_loss_backward"](eta, logits, *target, parts, *saved, 0).shape == (0, 5)
     assert launches == ["loss_total"]
 
 
@@ -307,7 +312,7 @@ def test_nothing_synchronises(monkeypatch):
     for method in ("item", "nonzero", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, method, refused)
     _, *saved = KERNELS["mixupe_loss"](logits, *target, eta, eta, 2, 2)
-    KERNELS["mixupe_loss_backward"](eta, logits, *target, eta, eta, *saved, 2, 2)
+    KERNELS["mixupe_loss_backward"](eta, logits, *target, *saved, 2)
     ce, entropy, lse = KERNELS["ce_entropy"](logits, *target)
     KERNELS["ce_entropy_backward"](ce, None, None, logits, entropy, lse, *target)
     KERNELS["mix"](x, index, lam, index)

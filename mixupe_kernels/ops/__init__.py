@@ -7,12 +7,14 @@ from .losses import (
     as_multilabel,
     as_rows,
     as_target,
+    backward_options,
     bce_entropy,
     ce_entropy,
     ce_entropy_backward_op,
     ce_entropy_op,
     mixupe_loss_backward_out_op,
     mixupe_loss_op,
+    mixupe_loss_with_gradient_op,
 )
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op
 from .registration import below_autograd, call, operators
@@ -24,6 +26,7 @@ __all__ = [
     "as_multilabel",
     "as_rows",
     "as_target",
+    "backward_options",
     "bce_entropy",
     "below_autograd",
     "call",
@@ -36,5 +39,6 @@ __all__ = [
     "mix_out_op",
     "mixupe_loss_backward_out_op",
     "mixupe_loss_op",
+    "mixupe_loss_with_gradient_op",
     "operators",
 ]

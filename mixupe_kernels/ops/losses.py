@@ -224,32 +224,49 @@ class _CEEntropyBackward(torch.autograd.Function):
         return *double_backward.ce_entropy_double_backward(v, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-# mixupe_loss: the whole loss as one operator, and its gradient as another
+# mixupe_loss: the whole loss as one operator, its gradient as another, and both at once
 
 
 def _mixupe_loss_fake(logits, *args, **kwargs):
     compute = reference.accumulate_dtype(logits.dtype)
-    return tuple(logits.new_empty(size, dtype=compute) for size in ((), (5,), *[logits.shape[:1]] * 3))
+    return tuple(logits.new_empty(size, dtype=compute) for size in ((), (5,), *[logits.shape[:1]] * 2))
 
 
-mixupe_loss_op = define(
-    "mixupe_loss(Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor eta, Tensor reg_weight, "
+def _gradient_fake(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_LOSS_SCHEMA = (
+    "(Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor eta, Tensor reg_weight, "
     "int num_mixed, int num_reg, int penalty=0, float threshold=1.0, bool rescale=True, float label_smoothing=0.0, "
-    "bool sigmoid=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _mixupe_loss_fake,
+    "bool sigmoid=False)"
+)
+mixupe_loss_op = define(f"mixupe_loss{_LOSS_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor)", _mixupe_loss_fake)
+mixupe_loss_with_gradient_op = define(
+    f"mixupe_loss_with_gradient{_LOSS_SCHEMA} -> (Tensor, Tensor, Tensor)",
+    lambda logits, *args, **kwargs: (*_mixupe_loss_fake(logits)[:2], _gradient_fake(logits)),
 )
 _LOSS_BACKWARD_SCHEMA = (
-    "Tensor grad, Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor eta, Tensor reg_weight, "
-    "Tensor parts, Tensor ce, Tensor entropy, Tensor lse, int num_mixed, int num_reg, int penalty=0, "
-    "float threshold=1.0, float label_smoothing=0.0, bool sigmoid=False"
+    "Tensor grad, Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor parts, Tensor signed_entropy, "
+    "Tensor lse, int num_mixed, int penalty=0, float label_smoothing=0.0, bool sigmoid=False"
 )
 mixupe_loss_backward_op = define(
     f"mixupe_loss_backward({_LOSS_BACKWARD_SCHEMA}) -> Tensor",
-    lambda grad, logits, *args, **kwargs: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    lambda grad, logits, *args, **kwargs: _gradient_fake(logits),
 )
 mixupe_loss_backward_out_op = define(
     f"mixupe_loss_backward_out({_LOSS_BACKWARD_SCHEMA}, *, Tensor(a!) out) -> ()", lambda *args, **kwargs: None
 )
+
+
+def backward_options(num_mixed, num_reg, penalty, threshold, rescale, *tail) -> tuple:
+    """Those options of the loss that its backward takes: the rest is in ``parts`` and ``signed_entropy``."""
+    return num_mixed, penalty, *tail
+
+
+def _check_needs_logits_only(ctx) -> None:
+    if any(ctx.needs_input_grad[1:]):
+        raise RuntimeError("mixupe::mixupe_loss is differentiable in the logits only; use mk.mixupe_loss")
 
 
 @differentiable
@@ -259,21 +276,58 @@ class _MixupELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         outputs = below_autograd(mixupe_loss_op, args)
-        ctx.save_for_backward(*args[:6], *outputs[1:])
-        num_mixed, num_reg, penalty, threshold, _, *rest = args[6:]
-        ctx.options = (num_mixed, num_reg, penalty, threshold, *rest)
+        ctx.save_for_backward(*args[:4], *outputs[1:])
+        ctx.options = backward_options(*args[6:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
-        if any(ctx.needs_input_grad[1:]):
-            raise RuntimeError("mixupe::mixupe_loss is differentiable in the logits only; use mk.mixupe_loss")
+        _check_needs_logits_only(ctx)
         dlogits = None
         if grad is not None:
             dlogits = call(mixupe_loss_backward_op, grad, *ctx.saved_tensors, *ctx.options)
         return dlogits, *[None] * 12
+
+
+@differentiable
+class _MixupELossWithGradient(torch.autograd.Function):
+    operator = mixupe_loss_with_gradient_op
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = below_autograd(mixupe_loss_with_gradient_op, args)
+        ctx.save_for_backward(outputs[2], *args[:6])
+        ctx.options = args[6:]
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        _check_needs_logits_only(ctx)
+        dlogits = None
+        if grad is not None and torch.is_grad_enabled():
+            # create_graph=True: what is differentiated again is a function of the logits, which the gradient is not.
+            args = (*ctx.saved_tensors[1:], *ctx.options)
+            _, *saved = below_autograd(mixupe_loss_op, args)
+            dlogits = call(mixupe_loss_backward_op, grad, *args[:4], *saved, *backward_options(*ctx.options))
+        elif grad is not None:
+            dlogits = ctx.saved_tensors[0]
+            if not _is_one(grad):
+                dlogits = dlogits * grad
+        return dlogits, *[None] * 12
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether a loss's upstream gradient on the CPU is 1, as ``loss.backward()`` makes it; False where it cannot be told.
+
+    A tensor of a tracer has no value, one of vmap has many.
+    """
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return type(grad) is Tensor and not batched and grad.item() == 1
 
 
 @differentiable
@@ -282,10 +336,10 @@ class _MixupELossBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:11])
-        ctx.options = args[11:]
+        ctx.save_for_backward(*args[:8])
+        ctx.options = args[8:]
         return below_autograd(mixupe_loss_backward_op, args)
 
     @staticmethod
     def backward(ctx, v):
-        return *double_backward.mixupe_loss_double_backward(v, *ctx.saved_tensors, *ctx.options), *[None] * 15
+        return *double_backward.mixupe_loss_double_backward(v, *ctx.saved_tensors, *ctx.options), *[None] * 10

@@ -16,6 +16,7 @@ KERNELS: dict[str, Callable] = {
     "ce_entropy": forward.ce_entropy,
     "ce_entropy_backward": backward.ce_entropy_backward,
     "mixupe_loss": forward.mixupe_loss,
+    "mixupe_loss_with_gradient": backward.mixupe_loss_with_gradient,
     "mixupe_loss_backward": backward.mixupe_loss_backward,
     "mixupe_loss_backward_out": backward.mixupe_loss_backward_out,
 }

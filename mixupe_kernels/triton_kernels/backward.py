@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import IGNORE_INDEX
+from .forward import mixupe_loss
 from .launch import Tile, launch_tiled
 from .rows import (
     PEEL_FROM,
@@ -20,8 +21,9 @@ from .rows import (
     gradient_tile,
     label_terms,
     prepare_target,
-    q_hat,
+    split_sign,
     unit_columns,
+    zero_where,
 )
 
 
@@ -53,18 +55,19 @@ def target_tile(
     return y
 
 
-@triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
+@triton.jit(do_not_specialize=["n", "num_mixed"])
 def row_gradient(
     out, logits, target, saved, grads, upstream,
-    n, num_mixed, num_reg, grad_strides,
+    n, num_mixed, grad_strides,
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    PENALTY: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, column groups) of ``dz``.
 
-    (g_ce, g_H, g_lse) come as ``grads``, (N,) each, or for the loss from ``upstream`` = (grad, η, w, parts).
+    ``saved`` are (H, lse). (g_ce, g_H, g_lse) come as ``grads``, (N,) each, or for the loss from ``upstream`` = (grad,
+    parts) and the sign of H.
     """
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
     # Σy is known without reading a row of targets or class weights only for unweighted indices.
@@ -79,8 +82,8 @@ def row_gradient(
     out_shift = (row.to(tl.int64) * (OUT_STRIDE - STRIDE))[:, None]
     first = tl.program_id(1) * SPAN
 
-    entropy = tl.load(saved[1] + row, mask=inside, other=0.0)
-    lse = tl.load(saved[2] + row, mask=inside, other=0.0)
+    entropy = tl.load(saved[0] + row, mask=inside, other=0.0)
+    lse = tl.load(saved[1] + row, mask=inside, other=0.0)
     edge, edge_valid = edge_columns(head, body, C, VEC)
     edge_valid = edge_valid & inside[:, None]
     edge_place = (row.to(tl.int64) * STRIDE)[:, None] + edge
@@ -107,19 +110,10 @@ def row_gradient(
         g_entropy = coefficient(grads[1], row, inside, grad_strides[1], lse)
         g_lse = coefficient(grads[2], row, inside, grad_strides[2], lse)
     else:
-        ce = tl.load(saved[0] + row, mask=inside, other=0.0)
-        scale = tl.load(upstream[0]).to(ACC) * tl.load(upstream[3] + 2)
-        q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
-        if PENALTY == 0:
-            slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
-        elif PENALTY == 1:
-            slope = tl.where(q < THRESHOLD, -1.0, 0.0)
-        else:
-            slope = q * 0 - 1
-        regularized = (row >= n - num_reg) & (kept == 1)
-        g_q = scale * tl.load(upstream[1]) * tl.load(upstream[2]) * tl.load(upstream[3] + 4) * slope
-        g_q = tl.where(regularized, g_q, 0.0)
-        g_ce = tl.where(row < num_mixed, scale * tl.load(upstream[3] + 3), 0.0) - g_q
+        entropy, slope = split_sign(entropy)
+        grad = tl.load(upstream[0]).to(ACC)
+        g_q = zero_where(slope == 0, grad * tl.load(upstream[1] + 4) * slope)
+        g_ce = tl.where(row < num_mixed, grad * tl.load(upstream[1] + 3), 0.0) - g_q
         g_lse = g_q * (mass - 1) if DENSE and not SIGMOID else g_q * 0
         g_entropy = g_q * 0 if PENALTY == 2 else g_q
     # A label out of range makes its row NaN, whatever its gradient.
@@ -153,11 +147,11 @@ def _backward(
     ignore_index: int,
     sigmoid: bool,
 ) -> None:
-    """Write dz into ``out``, from ``grads`` or for a ``loss`` of (upstream, num_mixed, num_reg, penalty, threshold)."""
+    """Write dz into ``out``, from ``grads`` or for a ``loss`` of (upstream, num_mixed, penalty)."""
     buffer = unit_columns(out)
     logits = unit_columns(logits)
     n, columns = logits.shape
-    upstream, num_mixed, num_reg, penalty, threshold = loss or (None, 0, 0, 0, 1.0)
+    upstream, num_mixed, penalty = loss or (None, 0, 0)
     dense = target.labels.dim() == 2
     summed = dense or (label_smoothing != 0 and target.class_weight is not None)
     family = "row_gradient_summed" if summed else "row_gradient"
@@ -166,11 +160,11 @@ def _backward(
         # A program that must sum its row's targets first does the whole row, lest every tile sum it again.
         span = triton.cdiv(columns, tile.block) * tile.block if summed else tile.block
         row_gradient[(triton.cdiv(n, tile.rows), triton.cdiv(columns, span))](
-            buffer, logits, target, saved, grads, upstream, n, num_mixed, num_reg,
+            buffer, logits, target, saved, grads, upstream, n, num_mixed,
             tuple(0 if grad is None else grad.stride(0) for grad in grads),
             C=columns, STRIDE=logits.stride(0), TARGET_STRIDE=target.labels.stride(0), OUT_STRIDE=buffer.stride(0),
             LABEL_SMOOTHING=label_smoothing, IGNORE_INDEX=ignore_index, SIGMOID=sigmoid,
-            PENALTY=penalty, THRESHOLD=threshold,
+            PENALTY=penalty,
             ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
         )  # fmt: skip
 
@@ -199,7 +193,7 @@ def ce_entropy_backward(
     """dz of (CE, H, lse), (N, C) in the logits' dtype; as ``reference.ce_entropy_backward``."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     prepared, grads = prepare_target(target, partner, lam, class_weight), (grad_ce, grad_entropy, grad_lse)
-    saved = (None, entropy.contiguous(), lse.contiguous())
+    saved = (entropy.contiguous(), lse.contiguous())
     _backward(out, logits, prepared, saved, grads, None, label_smoothing, ignore_index, sigmoid)
     return out
 
@@ -210,24 +204,19 @@ def mixupe_loss_backward_out(
     target: Tensor,
     partner: Tensor | None,
     lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
     parts: Tensor,
-    ce: Tensor,
-    entropy: Tensor,
+    signed_entropy: Tensor,
     lse: Tensor,
     num_mixed: int,
-    num_reg: int,
     penalty: int = 0,
-    threshold: float = 1.0,
     label_smoothing: float = 0.0,
     sigmoid: bool = False,
     *,
     out: Tensor,
 ) -> None:
     """``mixupe_loss_backward`` into ``out`` (N, C), which may be the logits themselves: a tile is read, then written."""
-    prepared, saved = prepare_target(target, partner, lam, None), (ce, entropy, lse)
-    loss = ((grad, eta, reg_weight, parts), num_mixed, num_reg, penalty, threshold)
+    prepared, saved = prepare_target(target, partner, lam, None), (signed_entropy, lse)
+    loss = ((grad, parts), num_mixed, penalty)
     _backward(out, logits, prepared, saved, (None, None, None), loss, label_smoothing, IGNORE_INDEX, sigmoid)
 
 
@@ -237,23 +226,40 @@ def mixupe_loss_backward(
     target: Tensor,
     partner: Tensor | None,
     lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
     parts: Tensor,
-    ce: Tensor,
-    entropy: Tensor,
+    signed_entropy: Tensor,
     lse: Tensor,
     num_mixed: int,
-    num_reg: int,
     penalty: int = 0,
-    threshold: float = 1.0,
     label_smoothing: float = 0.0,
     sigmoid: bool = False,
 ) -> Tensor:
     """The gradient of ``grad``·loss, (N, C) in the logits' dtype; as ``reference.mixupe_loss_backward``."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    mixupe_loss_backward_out(
-        grad, logits, target, partner, lam, eta, reg_weight, parts, ce, entropy, lse,
-        num_mixed, num_reg, penalty, threshold, label_smoothing, sigmoid, out=out,
-    )  # fmt: skip
+    options = (num_mixed, penalty, label_smoothing, sigmoid)
+    mixupe_loss_backward_out(grad, logits, target, partner, lam, parts, signed_entropy, lse, *options, out=out)
     return out
+
+
+def mixupe_loss_with_gradient(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+    penalty: int = 0,
+    threshold: float = 1.0,
+    rescale: bool = True,
+    label_smoothing: float = 0.0,
+    sigmoid: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, parts, gradient), one launch after the others; as ``reference.mixupe_loss_with_gradient``."""
+    labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
+    loss, parts, *saved = mixupe_loss(
+        logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
+    )
+    gradient = mixupe_loss_backward(torch.ones_like(loss), logits, *labels, parts, *saved, num_mixed, penalty, *tail)
+    return loss, parts, gradient

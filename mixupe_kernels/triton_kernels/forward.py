@@ -25,6 +25,7 @@ from .rows import (
     prepare_target,
     q_hat,
     quotient,
+    sign_entropy,
     unit_columns,
     zero_where,
 )
@@ -39,7 +40,7 @@ def finish_rows(
     C: tl.constexpr, STRIDE: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
     SIGMOID: tl.constexpr, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """CE, H and lse of each row from its state, and the program's part of the four sums the loss is made of."""
+    """CE, H and lse of each row from its state; for the loss, signed H and lse, and the program's part of its four sums."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     if SIGMOID:
@@ -71,20 +72,26 @@ def finish_rows(
             ce += other_peak * zero_where(other_peak == 0, log_sum - (other_z - anchor))
             if LABEL_SMOOTHING != 0:
                 ce += kept * zero_where(kept == 0, mass * log_sum - linear)
-    tl.store(saved[0] + row, ce, mask=inside)
-    tl.store(saved[1] + row, entropy, mask=inside)
     tl.store(saved[2] + row, lse, mask=inside)
-    if sums is not None:
+    if sums is None:
+        tl.store(saved[0] + row, ce, mask=inside)
+        tl.store(saved[1] + row, entropy, mask=inside)
+    else:
         q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
+        # A q of NaN stays NaN in both.
         if PENALTY == 0:
             value = tl.abs(q)
+            slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
         elif PENALTY == 1:
             value = zero_where(q >= THRESHOLD, -q)
+            slope = zero_where(q >= THRESHOLD, tl.where(q == q, -1.0, q))
         else:
             value = -q
+            slope = tl.where(q == q, -1.0, q)
         mixed = inside & (row < num_mixed)
         # NaN (a label out of range) counts as whole, so that it reaches the loss.
         whole = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
+        tl.store(saved[1] + row, sign_entropy(entropy, tl.where(whole, slope, 0.0)), mask=inside)
         tl.store(sums + program, tl.sum(tl.where(mixed, ce, 0.0), 0))
         tl.store(sums + programs + program, tl.sum(tl.where(mixed, kept, 0.0), 0))
         tl.store(sums + 2 * programs + program, tl.sum(tl.where(whole, value, 0.0), 0))
@@ -220,10 +227,11 @@ def loss_total(
     rows_reg = tl.sum(rows_reg, 0)
     one = rows_mix * 0 + 1
     per_mix = tl.where(rows_mix > 0, quotient(one, tl.where(rows_mix > 0, rows_mix, 1.0)), 0.0)
-    per_reg = tl.where(rows_reg > 0, quotient(one, tl.where(rows_reg > 0, rows_reg, 1.0)), 0.0)
+    per_reg = tl.where(rows_reg > 0, quotient(one, tl.where(rows_reg > 0, rows_reg, 1.0)), 0.0) * tl.load(reg_weight)
+    strength = tl.load(eta)
     mix_loss = tl.sum(ce, 0) * per_mix
-    reg = tl.load(reg_weight) * tl.sum(value, 0) * per_reg
-    total = mix_loss + tl.load(eta) * reg
+    reg = tl.sum(value, 0) * per_reg
+    total = mix_loss + strength * reg
     eta_hat = one
     if RESCALE:
         eta_hat = tl.where(total == 0, 1.0, quotient(tl.abs(mix_loss), tl.where(total == 0, 1.0, tl.abs(total))))
@@ -231,8 +239,8 @@ def loss_total(
     tl.store(parts, mix_loss)
     tl.store(parts + 1, reg)
     tl.store(parts + 2, eta_hat)
-    tl.store(parts + 3, per_mix)
-    tl.store(parts + 4, per_reg)
+    tl.store(parts + 3, eta_hat * per_mix)
+    tl.store(parts + 4, eta_hat * strength * per_reg)
 
 
 def _forward(
@@ -243,12 +251,12 @@ def _forward(
     ignore_index: int,
     sigmoid: bool,
 ) -> tuple[Tensor, ...]:
-    """(CE, H, lse), and for a ``loss`` of (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale) before
-    them the loss and its parts."""
+    """(CE, H, lse), or for a ``loss`` of (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale) the loss, its
+    parts, signed H and lse."""
     logits = unit_columns(logits)
     n, columns = logits.shape
     new = functools.partial(torch.empty, dtype=accumulate_dtype(logits.dtype), device=logits.device)
-    saved = (new(n), new(n), new(n))
+    saved = (None if loss else new(n), new(n), new(n))
     total, parts = new(()), new(5)
     eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale = loss or (None, None, 0, 0, 0, 1.0, False)
     shape = {"C": columns, "STRIDE": logits.stride(0)}
@@ -284,7 +292,7 @@ def _forward(
             )  # fmt: skip
 
     launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)
-    return (total, parts, *saved) if loss else saved
+    return (total, parts, *saved[1:]) if loss else saved
 
 
 def ce_entropy(
@@ -316,8 +324,8 @@ def mixupe_loss(
     rescale: bool = True,
     label_smoothing: float = 0.0,
     sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, parts, CE, H, lse) in two launches, or three where few long rows are split; as ``reference.mixupe_loss``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, parts, signed H, lse) in two launches, or three where few long rows are split; as the reference's."""
     prepared = prepare_target(target, partner, lam, None)
     loss = (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale)
     return _forward(logits, prepared, loss, label_smoothing, IGNORE_INDEX, sigmoid)

@@ -195,7 +195,22 @@ def q_hat(ce, entropy, lse, mass, DENSE: tl.constexpr, SIGMOID: tl.constexpr):
     return q
 
 
+@triton.jit
+def sign_entropy(entropy, slope):
+    """H times the penalty's slope, ∞ where that is 0; as ``reference.sign_entropy``."""
+    return tl.where(slope == 0, float("inf"), slope * tl.abs(entropy))
+
+
 # Backward
+
+
+@triton.jit
+def split_sign(signed):
+    """(H, slope) of ``sign_entropy``, by the sign bit: zero has one, too."""
+    BITS: tl.constexpr = tl.int64 if signed.dtype == tl.float64 else tl.int32
+    flat = signed == float("inf")
+    slope = tl.where(signed.to(BITS, bitcast=True) < 0, -1.0, 1.0).to(signed.dtype)
+    return zero_where(flat, tl.abs(signed)), zero_where(flat, slope)
 
 
 @triton.jit

@@ -1,0 +1,299 @@
+// The rows of ce_entropy and mixupe_loss and their gradients on the CPU: loops over blocks of a row, arithmetic from row.h.
+#pragma once
+#include "cpu.h"
+
+namespace mixupe {
+namespace {
+
+template <typename T>
+struct Block {
+  alignas(64) T z[block_size];
+  alignas(64) T y[block_size];
+};
+
+MIXUPE_FN int64_t block_length(int64_t classes, int64_t start) {
+  return classes - start < block_size ? classes - start : block_size;
+}
+
+// Loops over a block. Each is a function of its own, compiled for every SIMD level: inlined into the loop over blocks,
+// GCC 12 left one of them scalar (six times slower).
+
+// Reads a block of logits, padded with -∞, which adds 0 to every sum; returns their maximum.
+template <typename L, typename T>
+MIXUPE_FN T load_logits(const L* z, int64_t n, T* block) {
+  const int64_t whole = n & ~(lanes - 1), end = padded(n);
+#pragma omp simd
+  for (int64_t i = 0; i < whole; ++i) block[i] = widen(z[i]);
+  if (whole < n) {
+    // One masked load: padding first and filling in after it made the loop below wait for the stores (20 ns a row).
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) block[whole + i] = i < n - whole ? widen(z[whole + i]) : T(-INFINITY);
+  }
+  T max = T(-INFINITY);
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < end; ++i) max = block[i] > max ? block[i] : max;
+  return max;
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD Stats<T> softmax_block(const L* z, int64_t n, T* block) {
+  const T max = load_logits(z, n, block), shift = finite_shift(max);
+  T sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < padded(n); ++i) add_logit(block[i], shift, sum, weighted);
+  return {max, sum, weighted};
+}
+
+// The targets of a block of columns, padded with 0; returns Σy.
+template <typename T>
+MIXUPE_SIMD T target_block(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t start, int64_t n, T* y) {
+  if (t.dense) {
+    const T* dense = t.dense + row * t.dense_stride + start;
+    const T kept = T(1) - t.label_smoothing, uniform = t.label_smoothing / T(t.classes);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = dense[i] * kept + uniform;
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = l.uniform;
+  }
+  if (t.class_weight) {
+    const T* weight = t.class_weight + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] *= weight[i];
+  }
+  for (int64_t i = n; i < padded(n); ++i) y[i] = T(0);
+  if (!t.dense && l.own >= start && l.own < start + n) y[l.own - start] += l.own_weight;
+  if (!t.dense && l.partner >= start && l.partner < start + n) y[l.partner - start] += l.partner_weight;
+  T mass = 0;
+#pragma omp simd reduction(+ : mass)
+  for (int64_t i = 0; i < padded(n); ++i) mass += y[i];
+  return mass;
+}
+
+// Σ y (z - shift)
+template <typename T>
+MIXUPE_SIMD T target_dot(const T* z, const T* y, int64_t n, T shift) {
+  T dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < padded(n); ++i) dot += weigh(y[i], z[i] - shift);
+  return dot;
+}
+
+template <typename T>
+struct SigmoidSums {
+  T ce, entropy, softplus;
+};
+
+template <typename L, typename T>
+MIXUPE_SIMD SigmoidSums<T> sigmoid_block(const L* z, const T* y, int64_t n, T* block) {
+  load_logits(z, n, block);
+  T ce = 0, entropy = 0, softplus = 0;
+#pragma omp simd reduction(+ : ce, entropy, softplus)
+  for (int64_t i = 0; i < padded(n); ++i) {
+    T own_softplus = 0, own_entropy = 0;
+    add_sigmoid_logit(block[i], own_softplus, own_entropy);
+    entropy += own_entropy;
+    softplus += own_softplus;
+    ce += own_softplus - weigh(y[i], block[i]);
+  }
+  return {ce, entropy, softplus};
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD void softmax_gradient_block(const L* z, int64_t n, T lse, T level, T slope, T* block) {
+  load_logits(z, n, block);
+#pragma omp simd
+  for (int64_t i = 0; i < padded(n); ++i) block[i] = softmax_gradient(block[i], lse, level, slope);
+}
+
+// The same where logits and gradient have the accumulation dtype: straight from one to the other, which may be the same
+// memory. Lanes past n are masked; a remainder loop would take their exponentials one by one.
+template <typename T>
+MIXUPE_SIMD void softmax_gradient_direct(const T* z, int n, T lse, T level, T slope, T* out) {
+  const int end = static_cast<int>(padded(n));
+#pragma omp simd
+  for (int i = 0; i < end; ++i)
+    if (i < n) out[i] = softmax_gradient(z[i], lse, level, slope);
+}
+
+template <typename T>
+MIXUPE_SIMD void subtract_targets(const T* y, int64_t n, T weight, T* block) {
+#pragma omp simd
+  for (int64_t i = 0; i < padded(n); ++i) block[i] -= weight * y[i];
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD void sigmoid_gradient_block(const L* z, const T* y, int64_t n, const RowGradient<T>& gradient, T* block) {
+  load_logits(z, n, block);
+  const RowGradient<T> g = gradient;
+#pragma omp simd
+  for (int64_t i = 0; i < padded(n); ++i) block[i] = sigmoid_gradient(block[i], y[i], g);
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD void write_block(const T* block, int64_t n, L* out) {
+  store_block(block, n, out);
+}
+
+template <typename T>
+struct RowLoss {
+  T ce, entropy, lse, mass;
+};
+
+// The few numbers of a row are float64, so that merging blocks costs no digits.
+template <typename L, typename T>
+RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row, Block<T>& block) {
+  const bool everywhere = t.everywhere();
+  Stats<double> stats = empty_stats<double>();
+  double mass = 0, dot = 0;  // Σ y and Σ y (z - max)
+  for (int64_t start = 0; start < t.classes; start += block_size) {
+    const int64_t n = block_length(t.classes, start);
+    const Stats<T> narrow_part = softmax_block(z + start, n, block.z);
+    const Stats<double> part{narrow_part.max, narrow_part.sum, narrow_part.weighted};
+    const Stats<double> joint = start == 0 ? part : merge(stats, part);
+    if (everywhere) {
+      const T part_mass = target_block(t, l, row, start, n, block.y), shift = finite_shift(narrow_part.max);
+      dot += weigh(mass, finite_shift(stats.max) - finite_shift(joint.max));
+      dot += target_dot(block.z, block.y, n, shift) + weigh<double>(part_mass, shift - finite_shift(joint.max));
+      mass += part_mass;
+    }
+    stats = joint;
+  }
+  const double log_total = log_sum(stats);
+  // From shifted logits: lse - z_y would lose the digits of a shift that all logits share.
+  const double ce = everywhere ? weigh(mass, log_total) - dot
+                               : weigh<double>(l.own_weight, log_total - (widen(z[l.own]) - stats.max)) +
+                                     weigh<double>(l.partner_weight, log_total - (widen(z[l.partner]) - stats.max));
+  return {T(ce), T(entropy(stats, log_total)), T(stats.max + log_total), T(mass)};
+}
+
+template <typename L, typename T>
+RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row, Block<T>& block) {
+  double ce = 0, entropy = 0, softplus = 0;
+  for (int64_t start = 0; start < t.classes; start += block_size) {
+    const int64_t n = block_length(t.classes, start);
+    target_block(t, l, row, start, n, block.y);
+    const SigmoidSums<T> part = sigmoid_block(z + start, block.y, n, block.z);
+    ce += part.ce, entropy += part.entropy, softplus += part.softplus;
+  }
+  return {T(ce), T(entropy), T(softplus), T(0)};
+}
+
+template <typename L>
+struct Forward {
+  using T = Accumulate<L>;
+  const L* logits;
+  int64_t stride;
+  Targets<T> targets;
+  bool sigmoid;
+  T *ce, *entropy, *lse;
+  // For mixupe_loss, whose `entropy` is signed: each row's share of kept labels and its penalty.
+  T *kept = nullptr, *value = nullptr;
+  LossShape<T> shape = {};
+};
+
+template <typename L>
+void forward_rows(const Forward<L>& job, int64_t begin, int64_t end) {
+  using T = Accumulate<L>;
+  Block<T> block;
+  for (int64_t row = begin; row < end; ++row) {
+    const L* z = job.logits + row * job.stride;
+    const Labels<T> l = job.targets.row_labels(row);
+    const RowLoss<T> r = job.sigmoid ? sigmoid_row(z, job.targets, l, row, block)
+                                     : softmax_row(z, job.targets, l, row, block);
+    job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
+    if (!job.value) continue;
+    const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
+    const LossShape<T>& shape = job.shape;
+    const T kept = job.targets.dense ? T(1) : l.kept;
+    const bool regularized = shape.regularizes(row, kept);
+    job.kept[row] = kept;
+    job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
+    job.entropy[row] = sign_entropy(r.entropy, regularized ? penalty_slope(q, shape.penalty, shape.threshold) : T(0));
+  }
+}
+
+template <typename L>
+struct Backward {
+  using T = Accumulate<L>;
+  const L* logits;
+  int64_t stride;
+  L* out;
+  int64_t out_stride;
+  Targets<T> targets = {};
+  bool sigmoid = false;
+  T class_weight_sum = 0;
+  Vector<T> entropy = {}, lse = {};
+  Vector<T> grad_ce = {}, grad_entropy = {}, grad_lse = {};
+  // For mixupe_loss_backward, in place of the three gradients: ∂L/∂CE of the first rows, ∂L/∂penalty of those whose
+  // `entropy` has a sign.
+  bool loss = false;
+  int64_t num_mixed = 0;
+  T mix = 0, reg = 0;
+  int penalty = penalty_abs;
+};
+
+template <typename L, typename T>
+RowGradient<T> upstream(const Backward<L>& job, int64_t row, T slope, T mass) {
+  if (job.loss)
+    return loss_gradient(row < job.num_mixed ? job.mix : T(0), job.reg, slope,
+                         q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
+  return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
+          job.grad_lse ? job.grad_lse[row] : T(0)};
+}
+
+// Σy of a row; dense targets take a pass of their own, since every column's gradient needs it.
+template <typename L, typename T>
+T target_mass(const Backward<L>& job, const Labels<T>& l, int64_t row, T* y) {
+  const Targets<T>& t = job.targets;
+  if (!t.dense) return l.own_weight + l.partner_weight + l.uniform * job.class_weight_sum;
+  double mass = 0;
+  for (int64_t start = 0; start < t.classes; start += block_size)
+    mass += target_block(t, l, row, start, block_length(t.classes, start), y);
+  return T(mass);
+}
+
+template <typename T>
+void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* dz) {
+  if (l.own >= start && l.own < start + n) dz[l.own - start] -= weight * l.own_weight;
+  if (l.partner >= start && l.partner < start + n) dz[l.partner - start] -= weight * l.partner_weight;
+}
+
+template <typename L>
+void backward_rows(const Backward<L>& job, int64_t begin, int64_t end) {
+  using T = Accumulate<L>;
+  Block<T> block;
+  const Targets<T>& t = job.targets;
+  const bool everywhere = job.sigmoid || t.everywhere();
+  for (int64_t row = begin; row < end; ++row) {
+    const Labels<T> l = t.row_labels(row);
+    const T mass = target_mass(job, l, row, block.y), lse = job.lse[row];
+    const SignedEntropy<T> h = job.loss ? split_sign(job.entropy[row]) : SignedEntropy<T>{job.entropy[row], T(0)};
+    const RowGradient<T> g = upstream(job, row, h.slope, mass);
+    const T level = gradient_level(g, mass, h.entropy);
+    for (int64_t start = 0; start < t.classes; start += block_size) {
+      const int64_t n = block_length(t.classes, start);
+      const L* z = job.logits + row * job.stride + start;
+      L* out = job.out + row * job.out_stride + start;
+      if constexpr (std::is_same_v<L, T>) {
+        if (!everywhere) {
+          softmax_gradient_direct(z, n, lse, level, g.entropy, out);
+          subtract_labels(l, g.ce, start, n, out);
+          continue;
+        }
+      }
+      // The label term meets the rest before the one rounding to the logits' dtype: in bfloat16 a later subtraction
+      // would lose the whole gradient where p is near 1.
+      if (everywhere) target_block(t, l, row, start, n, block.y);
+      if (job.sigmoid) {
+        sigmoid_gradient_block(z, block.y, n, g, block.z);
+      } else {
+        softmax_gradient_block(z, n, lse, level, g.entropy, block.z);
+        everywhere ? subtract_targets(block.y, n, g.ce, block.z) : subtract_labels(l, g.ce, start, n, block.z);
+      }
+      write_block(block.z, n, out);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mixupe
