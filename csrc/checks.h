@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <charconv>
 #include <cstdint>
 #include <optional>
@@ -115,6 +119,17 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
+// A large new result is written once from end to end, and in pages of 4 KB the faults cost more than the writing (154 MB:
+// 70 ms, in huge pages 12). A hint, which Linux follows where transparent huge pages are "madvise" or "always".
+inline void prefer_huge_pages(const Tensor& tensor) {
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), bytes = tensor.numel() * tensor.element_size();
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
+  if (bytes >= 2 * page && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor allocate(
     const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   using torch::stable::detail::from, torch::stable::detail::to;
@@ -123,7 +138,9 @@ inline Tensor allocate(
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)), device_type,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  if (!like.is_cuda()) prefer_huge_pages(tensor);
+  return tensor;
 }
 
 inline Tensor allocate(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes) {
