@@ -316,5 +316,5 @@ class MixupE(Mixup):
             return Layout(None, sequence(batch, device), count, weight)
         order = torch.randperm(batch, generator=self.generator, device=device)
         if self.split:
-            return Layout(order[count:], order[:count], count, weight)
+            return Layout(order[: batch - count], order[batch - count :], count, weight, order)
         return Layout(None, order[:count], count, weight)

@@ -37,12 +37,14 @@ class Draw(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which samples become mixed rows (None: all) and which clean rows (None: none); the rows and weight of R."""
+    """Which samples become mixed rows (None: all) and which clean rows (None: none); the rows and weight of R; the
+    mixed rows and then the clean ones, where they are one tensor already."""
 
     mixed: Tensor | None
     clean: Tensor | None
     num_reg: int
     reg_weight: Tensor | float
+    rows: Tensor | None = None
 
 
 def one(device: torch.device) -> Tensor:
@@ -180,7 +182,7 @@ class Drawing:
         box = None
         if self.cutmix is not None:
             lam, pixel_lam, box = self._draw_box(lam, image_size)
-        mixed, clean, num_reg, reg_weight = self._layout(batch, device)
+        mixed, clean, num_reg, reg_weight, rows = self._layout(batch, device)
         if clean is None and box is None and self._pair is pairings.flip:
             target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
             return Draw(None, pixel_lam, target)
@@ -193,11 +195,10 @@ class Drawing:
             own = torch.cat([labels, labels])
         else:
             if mixed is None:
-                mixed = sequence(batch, device)
+                rows = torch.cat([sequence(batch, device), clean])
             else:
-                partner = partner[mixed]
+                partner = partner.index_select(0, mixed)
                 lam, pixel_lam = (value[mixed] if value.dim() else value for value in (lam, pixel_lam))
-            rows = torch.cat([mixed, clean])
             own = labels.index_select(0, rows)
         num_mixed, num_clean = partner.shape[0], clean.shape[0]
         partner = torch.cat([partner, clean])
@@ -238,7 +239,7 @@ class Drawing:
         weights = self._draw_lam(batch, device).expand(batch, terms)
         others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
         index = torch.stack([sequence(batch, device), *others], 1)
-        mixed, clean, num_reg, reg_weight = self._layout(batch, device)
+        mixed, clean, num_reg, reg_weight, _ = self._layout(batch, device)
         if mixed is not None:
             weights, index = weights[mixed], index[mixed]
         num_mixed = index.shape[0]
