@@ -25,6 +25,7 @@ from mixupe_kernels.triton_kernels import launch
 ROOT = Path(__file__).parents[1]
 REPRESENTATIVE = [
     Case("mixupe_loss", "mixed", "float32", (256, 10)),
+    Case("mixupe_loss", "mixed", "float32", (4096, 100)),
     Case("mixupe_loss", "mixed", "bfloat16", (64, 128256)),
     Case("mixupe_loss", "dense", "bfloat16", (1024, 21841)),
     Case("mixupe_loss", "dense", "float32", (64, 128256)),

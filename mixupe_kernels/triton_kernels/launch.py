@@ -39,7 +39,7 @@ ANY = 1 << 62
 # Stages are chosen from code compiled for sm_90; no GPU has timed any. Rows that fit one tile give the same PTX at 1 to
 # 4, so 1. At 2, row_stats copies the next tile by 16-byte cp.async while it reduces this one: 8 KiB of shared memory a
 # program and 40 registers as before (bfloat16), or 16 KiB and 40 -> 45 (float32); row_gradient_summed takes 12 KiB and
-# 48 registers as before. 3 and 4 take as much shared memory again, each. Split rows are four programs a multiprocessor:
+# 61 -> 52 registers. 3 and 4 take as much shared memory again, each. Split rows are four programs a multiprocessor:
 # 32 KiB of bfloat16, where 4.3 TB/s at an assumed latency of 0.8 µs ask for 26 KB at all times, so 2.
 # Dense targets have three times that on their way at 1, and at 2 went from 60 registers to 79 and spilled on sm_100;
 # dot_rows has twice that and no reduction to wait for, gather_rows has no range to pipeline, "mix" and "row_gradient"
@@ -51,7 +51,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
         torch.float32: {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
-            256: Tile(8, 256, 4, 1),
+            256: Tile(8, 256, 8, 1),
             1024: Tile(1, 1024, 4, 1),
             ANY: Tile(1, 4096, 8, 2),
         },
@@ -62,7 +62,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
         torch.float32: {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
-            256: Tile(8, 256, 4, 1),
+            256: Tile(8, 256, 8, 1),
             1024: Tile(1, 1024, 4, 1),
             ANY: Tile(1, 4096, 8, 1),
         },
