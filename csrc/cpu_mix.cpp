@@ -56,8 +56,10 @@ struct Tiling {
   int64_t sample, rows, tile, rows_per_chunk, chunks, tiles;
 
   Tiling(int64_t sample_size, int64_t row_count, int64_t element_size) : sample(sample_size), rows(row_count) {
-    tile = std::min(sample, tile_bytes / element_size);
-    tiles = (sample + tile - 1) / tile;
+    // Tiles of one length, lest the threads' shares differ, in whole cache lines.
+    tiles = std::max<int64_t>(1, (sample * element_size + tile_bytes - 1) / tile_bytes);
+    tile = std::max<int64_t>(1, ((sample + tiles - 1) / tiles + 63) / 64 * 64);
+    tiles = std::max<int64_t>(1, (sample + tile - 1) / tile);
     // Few tiles (short samples): rows share the work out as well.
     rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / tile);
     if (tiles > 1) rows_per_chunk = std::max(rows_per_chunk, (rows + 3) / 4);
