@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> ce_entropy(
 template <typename L>
 Backward<L> backward_job(
     const Tensor& logits, const Tensor& out, const Targets<Accumulate<L>>& targets, bool sigmoid,
-    const Tensor& entropy, const Tensor& lse) {
+    Vector<Accumulate<L>> entropy, Vector<Accumulate<L>> lse) {
   using T = Accumulate<L>;
   Backward<L> job{static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), data<L>(out), out.stride(0)};
   job.targets = targets;
@@ -71,8 +71,8 @@ Backward<L> backward_job(
     job.class_weight_sum = 0;
     for (int64_t k = 0; k < targets.classes; ++k) job.class_weight_sum += targets.class_weight[k];
   }
-  job.entropy = vector_of<T>("entropy", entropy, logits.size(0), logits);
-  job.lse = vector_of<T>("lse", lse, logits.size(0), logits);
+  job.entropy = entropy;
+  job.lse = lse;
   return job;
 }
 
@@ -89,7 +89,8 @@ Tensor ce_entropy_backward(
     using L = decltype(type);
     using T = Accumulate<L>;
     const Targets<T> targets = cpu_targets<T>(keep, logits, partner, lam, label_smoothing, ignore_index);
-    Backward<L> job = backward_job<L>(logits, out, targets, sigmoid, entropy, lse);
+    Backward<L> job = backward_job<L>(logits, out, targets, sigmoid, vector_of<T>("entropy", entropy, rows, logits),
+                                      vector_of<T>("lse", lse, rows, logits));
     job.grad_ce = vector_of<T>("grad_ce", grad_ce, rows, logits);
     job.grad_entropy = vector_of<T>("grad_entropy", grad_entropy, rows, logits);
     job.grad_lse = vector_of<T>("grad_lse", grad_lse, rows, logits);
@@ -123,38 +124,35 @@ void reduce_loss(const Forward<L>& job, double eta, double reg_weight, bool resc
 
 // The loss and its gradient ------------------------------------------------------------------------------------------
 
-struct Loss {
-  Tensor loss, parts, signed_entropy, lse;
+// Where the forward leaves what it found: the loss, its five parts, and signed H and lse of each row.
+template <typename T>
+struct LossOutput {
+  T *loss, *parts, *signed_entropy, *lse;
 };
 
 template <typename L, typename T>
-Loss forward_loss(
+void forward_loss(
     const Tensor& logits, const Targets<T>& targets, const Tensor& eta, const Tensor& reg_weight,
-    const LossShape<T>& shape, bool rescale, bool sigmoid) {
+    const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out) {
   const int64_t rows = shape.rows;
-  const ScalarType dtype = dtype_of<T>();
-  const Loss out{allocate(logits, dtype, {}), allocate(logits, dtype, {5}), allocate(logits, dtype, {rows}),
-                 allocate(logits, dtype, {rows})};
   const std::unique_ptr<T[]> scratch(new T[3 * rows]);
   const Forward<L> job{static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), targets, sigmoid,
-                       scratch.get(), data<T>(out.signed_entropy), data<T>(out.lse), scratch.get() + rows,
-                       scratch.get() + 2 * rows, shape};
+                       scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, scratch.get() + 2 * rows,
+                       shape};
   run(job, rows);
   reduce_loss(job, *scalar_of<T>("eta", eta, logits), *scalar_of<T>("reg_weight", reg_weight, logits), rescale,
-              data<T>(out.parts), data<T>(out.loss));
-  return out;
+              out.parts, out.loss);
 }
 
 template <typename L, typename T>
 void backward_loss(
-    const Tensor& logits, const Targets<T>& targets, T grad, const Tensor& parts, const Tensor& signed_entropy,
-    const Tensor& lse, int64_t num_mixed, int64_t penalty, bool sigmoid, const Tensor& out) {
+    const Tensor& logits, const Targets<T>& targets, T grad, Vector<T> parts, Vector<T> signed_entropy, Vector<T> lse,
+    int64_t num_mixed, int64_t penalty, bool sigmoid, const Tensor& out) {
   Backward<L> job = backward_job<L>(logits, out, targets, sigmoid, signed_entropy, lse);
-  const Vector<T> part = vector_of<T>("parts", parts, 5, logits);
   job.loss = true;
   job.num_mixed = num_mixed;
-  job.mix = grad * part[3];
-  job.reg = grad * part[4];
+  job.mix = grad * parts[3];
+  job.reg = grad * parts[4];
   job.penalty = static_cast<int>(penalty);
   run(job, logits.size(0));
 }
@@ -176,13 +174,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(
     const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold,
     bool rescale, double label_smoothing, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
-  std::optional<Loss> out;
+  const int64_t rows = logits.size(0);
+  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+  const Tensor loss = allocate(logits, dtype, {}), parts = allocate(logits, dtype, {5}),
+               signed_entropy = allocate(logits, dtype, {rows}), lse = allocate(logits, dtype, {rows});
   with_targets(logits, target, partner, lam, label_smoothing, [&](auto type, const auto& targets) {
     using L = decltype(type);
-    const auto shape = check_loss_shape<Accumulate<L>>(logits, num_mixed, num_reg, penalty, threshold);
-    out = forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid);
+    using T = Accumulate<L>;
+    const auto shape = check_loss_shape<T>(logits, num_mixed, num_reg, penalty, threshold);
+    forward_loss<L, T>(logits, targets, eta, reg_weight, shape, rescale, sigmoid,
+                       {data<T>(loss), data<T>(parts), data<T>(signed_entropy), data<T>(lse)});
   });
-  return {out->loss, out->parts, out->signed_entropy, out->lse};
+  return {loss, parts, signed_entropy, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
@@ -190,17 +193,20 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
     const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold,
     bool rescale, double label_smoothing, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
-  const Tensor gradient = allocate(logits, logits.scalar_type(), sizes_of(logits));
-  std::optional<Loss> out;
+  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+  const Tensor loss = allocate(logits, dtype, {}), parts = allocate(logits, dtype, {5}),
+               gradient = allocate(logits, logits.scalar_type(), sizes_of(logits));
   with_targets(logits, target, partner, lam, label_smoothing, [&](auto type, const auto& targets) {
     using L = decltype(type);
     using T = Accumulate<L>;
     const auto shape = check_loss_shape<T>(logits, num_mixed, num_reg, penalty, threshold);
-    out = forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid);
-    backward_loss<L>(logits, targets, T(1), out->parts, out->signed_entropy, out->lse, num_mixed, penalty,
-                     sigmoid, gradient);
+    const std::unique_ptr<T[]> rows(new T[2 * shape.rows]);
+    const LossOutput<T> out{data<T>(loss), data<T>(parts), rows.get(), rows.get() + shape.rows};
+    forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid, out);
+    backward_loss<L, T>(logits, targets, 1, {out.parts, 1}, {out.signed_entropy, 1}, {out.lse, 1}, num_mixed, penalty,
+                        sigmoid, gradient);
   });
-  return {out->loss, out->parts, gradient};
+  return {loss, parts, gradient};
 }
 
 void mixupe_loss_backward_out(
@@ -212,9 +218,10 @@ void mixupe_loss_backward_out(
   with_targets(logits, target, partner, lam, label_smoothing, [&](auto type, const auto& targets) {
     using L = decltype(type);
     using T = Accumulate<L>;
-    check_loss_shape<T>(logits, num_mixed, 0, penalty, 0);
-    backward_loss<L>(logits, targets, *scalar_of<T>("grad", grad, logits), parts, signed_entropy, lse, num_mixed,
-                     penalty, sigmoid, result.buffer);
+    const auto shape = check_loss_shape<T>(logits, num_mixed, 0, penalty, 0);
+    backward_loss<L>(logits, targets, *scalar_of<T>("grad", grad, logits), vector_of<T>("parts", parts, 5, logits),
+                     vector_of<T>("signed_entropy", signed_entropy, shape.rows, logits),
+                     vector_of<T>("lse", lse, shape.rows, logits), num_mixed, penalty, sigmoid, result.buffer);
   });
   if (result.apart) torch::stable::copy_(out, result.buffer);
 }
