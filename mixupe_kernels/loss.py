@@ -55,8 +55,14 @@ def _scalar(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
         if value.dtype is compute and value.device == logits.device:
             return value
         return value.to(logits.device, compute, non_blocking=True)
-    value, device = checks.non_negative(name, value), logits.device
-    return constant(("scalar", value, compute, device), lambda: torch.full((), value, dtype=compute, device=device))
+    if type(value) is not float:
+        value = checks.non_negative(name, value)
+    device = logits.device
+
+    def make() -> Tensor:
+        return torch.full((), checks.non_negative(name, value), dtype=compute, device=device)
+
+    return constant(("scalar", value, compute, device), make)
 
 
 def _count_rows(target: Tensor | tuple, logits: Tensor) -> tuple[int, int, Tensor]:
