@@ -264,49 +264,44 @@ def backward_options(num_mixed, num_reg, penalty, threshold, rescale, *tail) -> 
     return num_mixed, penalty, *tail
 
 
-def _check_needs_logits_only(ctx) -> None:
-    if any(ctx.needs_input_grad[1:]):
-        raise RuntimeError("mixupe::mixupe_loss is differentiable in the logits only; use mk.mixupe_loss")
-
-
 @differentiable
 class _MixupELoss(torch.autograd.Function):
     operator = mixupe_loss_op
+    inputs = ("logits",)
 
     @staticmethod
-    def forward(ctx, *args):
-        outputs = below_autograd(mixupe_loss_op, args)
-        ctx.save_for_backward(*args[:4], *outputs[1:])
-        ctx.options = backward_options(*args[6:])
+    def forward(ctx, logits, rest):
+        outputs = below_autograd(mixupe_loss_op, (logits, *rest))
+        ctx.save_for_backward(logits, *rest[:3], *outputs[1:])
+        ctx.options = backward_options(*rest[5:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
-        _check_needs_logits_only(ctx)
         dlogits = None
         if grad is not None:
             dlogits = call(mixupe_loss_backward_op, grad, *ctx.saved_tensors, *ctx.options)
-        return dlogits, *[None] * 12
+        return dlogits, None
 
 
 @differentiable
 class _MixupELossWithGradient(torch.autograd.Function):
     operator = mixupe_loss_with_gradient_op
+    inputs = ("logits",)
 
     @staticmethod
-    def forward(ctx, *args):
-        outputs = below_autograd(mixupe_loss_with_gradient_op, args)
-        ctx.save_for_backward(outputs[2], *args[:6])
-        ctx.options = args[6:]
+    def forward(ctx, logits, rest):
+        outputs = below_autograd(mixupe_loss_with_gradient_op, (logits, *rest))
+        ctx.save_for_backward(outputs[2], logits, *rest[:5])
+        ctx.options = rest[5:]
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx, grad, *_):
-        _check_needs_logits_only(ctx)
         dlogits = None
         if grad is not None and torch.is_grad_enabled():
             # create_graph=True: what is differentiated again is a function of the logits, which the gradient is not.
@@ -317,7 +312,7 @@ class _MixupELossWithGradient(torch.autograd.Function):
             dlogits = ctx.saved_tensors[0]
             if not _is_one(grad):
                 dlogits = dlogits * grad
-        return dlogits, *[None] * 12
+        return dlogits, None
 
 
 def _is_one(grad: Tensor) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import checks, reference
 
@@ -33,18 +32,29 @@ _kernels: dict[Callable, Callable] = {}
 
 
 def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Register ``function`` on the Autograd key of its ``operator``."""
+    """Register ``function`` on the Autograd key of its ``operator``.
+
+    A function that names its differentiable ``inputs`` takes them and then one tuple of the other arguments, each of
+    which ``apply`` would otherwise look at (13 of them: 3 of 41 µs).
+    """
     operator = function.operator
     name = operator._schema.name.split("::")[1]
+    inputs = getattr(function, "inputs", ())
+    arguments = operator._schema.arguments
     # The dispatcher drops trailing arguments that equal their defaults; backward counts on all of them.
-    defaults = [argument.default_value for argument in operator._schema.arguments]
+    defaults = [argument.default_value for argument in arguments]
+    tensors = [index for index, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
 
     def kernel(*args):
         if torch.is_grad_enabled():
             args = (*args, *defaults[len(args) :])
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
-                    return function.apply(*args)
+            wanting = [index for index in tensors if args[index] is not None and args[index].requires_grad]
+            if wanting and not inputs:
+                return function.apply(*args)
+            if wanting:
+                if wanting[-1] >= len(inputs):
+                    raise RuntimeError(f"mixupe::{name} is differentiable in {', '.join(inputs)} only")
+                return function.apply(*args[: len(inputs)], args[len(inputs) :])
         return below_autograd(operator, args)
 
     library.impl(name, kernel, "Autograd")
