@@ -316,13 +316,13 @@ class _MixupELossWithGradient(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether a loss's upstream gradient on the CPU is 1, as ``loss.backward()`` makes it; False where it cannot be told.
+    """Whether a loss's upstream gradient is 1, as ``loss.backward()`` makes it; False where it cannot be told.
 
-    A tensor of a tracer has no value, one of vmap has many.
+    A tensor of a tracer has no value, one of vmap has many, and one on a device would have to be waited for.
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return type(grad) is Tensor and not batched and grad.item() == 1
+    return type(grad) is Tensor and not batched and grad.device.type == "cpu" and grad.item() == 1
 
 
 @differentiable
