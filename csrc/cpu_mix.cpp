@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu.h"
+#include "mix_operators.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -272,12 +273,6 @@ void check_weights(const Vector<T>& lam, int64_t count) {
     if (!(lam[i] >= T(0) && lam[i] <= T(1))) fail("lam must be in [0, 1], got ", shortest(lam[i]));
 }
 
-struct MixArguments {
-  const OptionalTensor &partner, &rows;
-  const Tensor& lam;
-  const OptionalTensor &scale, &shift;
-};
-
 template <typename T>
 WriteBlock<T> block_writer(ScalarType dtype) {
   WriteBlock<T> write = nullptr;
@@ -321,26 +316,6 @@ void run_mix(const MixCall& call, const MixArguments& arguments) {
       pairs ? flip_rows(job, tiling, begin, end) : mix_rows(job, tiling, begin, end);
     });
   });
-}
-
-Tensor mix_samples(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, std::optional<ScalarType> dtype,
-    std::optional<MemoryFormat> memory_format) {
-  const ScalarType out_dtype = dtype ? *dtype : x.scalar_type();
-  const int64_t count = check_mix(x, partner, rows, scale, shift, out_dtype);
-  const MixCall call = plan_mix(x, count, out_dtype, memory_format);
-  run_mix(call, {partner, rows, lam, scale, shift});
-  return call.out;
-}
-
-void mix_samples_out(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, Tensor out) {
-  const int64_t count = check_mix(x, partner, rows, scale, shift, out.scalar_type());
-  const MixCall call = plan_mix_out(x, count, out, !partner && !rows);
-  run_mix(call, {partner, rows, lam, scale, shift});
-  if (call.out.get() != out.get()) torch::stable::copy_(out, call.out);
 }
 
 template <typename In>

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda.h"
+#include "mix_operators.h"
 
 namespace mixupe {
 namespace {
@@ -185,12 +186,6 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) fl
   });
 }
 
-struct MixArguments {
-  const OptionalTensor &partner, &rows;
-  const Tensor& lam;
-  const OptionalTensor &scale, &shift;
-};
-
 void run_mix(const MixCall& call, const MixArguments& arguments) {
   with_mixable_type(call.x.scalar_type(), [&](auto type) {
     using In = decltype(type);
@@ -213,26 +208,6 @@ void run_mix(const MixCall& call, const MixArguments& arguments) {
         call.channel_stride};
     launch(pairs ? flip_rows<In> : mix_rows<In>, job.tiling.blocks(), job.tiling.threads, call.x, job);
   });
-}
-
-Tensor mix_samples(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, std::optional<ScalarType> dtype,
-    std::optional<MemoryFormat> memory_format) {
-  const ScalarType out_dtype = dtype ? *dtype : x.scalar_type();
-  const int64_t count = check_mix(x, partner, rows, scale, shift, out_dtype);
-  const MixCall call = plan_mix(x, count, out_dtype, memory_format);
-  run_mix(call, {partner, rows, lam, scale, shift});
-  return call.out;
-}
-
-void mix_samples_out(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, Tensor out) {
-  const int64_t count = check_mix(x, partner, rows, scale, shift, out.scalar_type());
-  const MixCall call = plan_mix_out(x, count, out, !partner && !rows);
-  run_mix(call, {partner, rows, lam, scale, shift});
-  if (call.out.get() != out.get()) torch::stable::copy_(out, call.out);
 }
 
 template <typename In>
