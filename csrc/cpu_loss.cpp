@@ -101,25 +101,19 @@ Tensor ce_entropy_backward(
 
 constexpr int64_t ignored_label = -100;  // reference.IGNORE_INDEX
 
-// (L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R) and the loss, summed serially in float64: the same
-// bits for any number of threads.
-template <typename L, typename T>
-void reduce_loss(const Forward<L>& job, double eta, double reg_weight, bool rescale, T* parts, T* loss) {
+// Summed serially in float64: the same bits for any number of threads.
+template <typename L>
+LossSums sum_rows(const Forward<L>& job) {
+  using T = Accumulate<L>;
   const LossShape<T>& shape = job.shape;
-  double mix = 0, rows_mix = 0, reg = 0, rows_reg = 0;
-  for (int64_t row = 0; row < shape.num_mixed; ++row) mix += job.ce[row], rows_mix += job.kept[row];
+  LossSums sums{};
+  for (int64_t row = 0; row < shape.num_mixed; ++row) sums.mix += job.ce[row], sums.rows_mix += job.kept[row];
   for (int64_t row = shape.rows - shape.num_reg; row < shape.rows; ++row) {
     const bool regularized = shape.regularizes(row, job.kept[row]);
-    reg += regularized ? job.value[row] : T(0);
-    rows_reg += regularized;
+    sums.reg += regularized ? job.value[row] : T(0);
+    sums.rows_reg += regularized;
   }
-  const double per_mix = rows_mix > 0 ? 1 / rows_mix : 0, per_reg = rows_reg > 0 ? reg_weight / rows_reg : 0;
-  mix *= per_mix;
-  reg *= per_reg;
-  const double total = mix + eta * reg, eta_hat = rescale ? rescale_factor(mix, total) : 1;
-  parts[0] = T(mix), parts[1] = T(reg), parts[2] = T(eta_hat);
-  parts[3] = T(eta_hat * per_mix), parts[4] = T(eta_hat * eta * per_reg);
-  *loss = T(eta_hat * total);
+  return sums;
 }
 
 // The loss and its gradient ------------------------------------------------------------------------------------------
@@ -140,8 +134,8 @@ void forward_loss(
                        scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, scratch.get() + 2 * rows,
                        shape};
   run(job, rows);
-  reduce_loss(job, *scalar_of<T>("eta", eta, logits), *scalar_of<T>("reg_weight", reg_weight, logits), rescale,
-              out.parts, out.loss);
+  *out.loss = loss_of_sums(sum_rows(job), *scalar_of<T>("eta", eta, logits),
+                           *scalar_of<T>("reg_weight", reg_weight, logits), rescale, out.parts);
 }
 
 template <typename L, typename T>

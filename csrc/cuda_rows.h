@@ -194,12 +194,7 @@ struct Total {
   T *loss, *parts;
 };
 
-struct LossSums {
-  double mix, rows_mix, reg, rows_reg;
-};
-
-// (L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R) and the loss, by one block: the order of summation
-// is fixed.
+// The loss and its parts, by one block: the order of summation is fixed.
 template <typename Team, typename T>
 __global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
   const LossShape<T>& shape = job.shape;
@@ -217,13 +212,7 @@ __global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
     return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.reg + b.reg, a.rows_reg + b.rows_reg};
   });
   if (Team::rank() != 0) return;
-  const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0;
-  const double per_reg = sums.rows_reg > 0 ? *job.reg_weight / sums.rows_reg : 0;
-  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg, total = mix + *job.eta * reg;
-  const double eta_hat = job.rescale ? rescale_factor(mix, total) : 1;
-  const double parts[5] = {mix, reg, eta_hat, eta_hat * per_mix, eta_hat * *job.eta * per_reg};
-  for (int i = 0; i < 5; ++i) job.parts[i] = static_cast<T>(parts[i]);
-  *job.loss = static_cast<T>(eta_hat * total);
+  *job.loss = loss_of_sums(sums, *job.eta, *job.reg_weight, job.rescale, job.parts);
 }
 
 template <typename L>

@@ -227,6 +227,23 @@ MIXUPE_FN T rescale_factor(T mix_loss, T total) {
   return total == T(0) ? T(1) : std::fabs(mix_loss) / std::fabs(total);
 }
 
+// What a loss is made of: sums of the mixed rows' CE and kept shares, of the regularized rows' penalties, and their number.
+struct LossSums {
+  double mix, rows_mix, reg, rows_reg;
+};
+
+// The loss, and its parts: L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R. A mean over no rows is 0.
+template <typename T>
+MIXUPE_FN T loss_of_sums(const LossSums& sums, double eta, double reg_weight, bool rescale, T* parts) {
+  const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0;
+  const double per_reg = sums.rows_reg > 0 ? reg_weight / sums.rows_reg : 0;
+  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg, total = mix + eta * reg;
+  const double eta_hat = rescale ? rescale_factor(mix, total) : 1;
+  parts[0] = T(mix), parts[1] = T(reg), parts[2] = T(eta_hat);
+  parts[3] = T(eta_hat * per_mix), parts[4] = T(eta_hat * eta * per_reg);
+  return T(eta_hat * total);
+}
+
 // Gradients of the row's CE, H and lse: `mix` is ∂L/∂CE of a row of L_mix (0 for another), `reg` ∂L/∂penalty of a row of
 // R; with linear_detached y - p is a constant, so H has no gradient of its own.
 template <typename T>

@@ -7,6 +7,8 @@ Notation (MixupE, Zou et al., UAI 2023; mixup, Zhang et al., 2018): logits z, p 
 of a row's own sample. CE = -Σ y log p and H = -Σ p log p give eq. 5 of the paper as q̂ = (y - p)ᵀz = H - CE when Σy = 1.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -391,25 +393,33 @@ def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
     out.copy_(mixupe_loss_backward(*args, **kwargs))
 
 
-def mixupe_loss_with_gradient(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-    penalty: int = 0,
-    threshold: float = 1.0,
-    rescale: bool = True,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
-    labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
-    loss, parts, *rows = mixupe_loss(
-        logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
-    )
-    one = torch.ones_like(loss)
-    return loss, parts, mixupe_loss_backward(one, logits, *labels, parts, *rows, num_mixed, penalty, *tail)
+def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Callable:
+    """A backend's ``mixupe_loss_with_gradient``, made of its two operators."""
+
+    def mixupe_loss_with_gradient(
+        logits: Tensor,
+        target: Tensor,
+        partner: Tensor | None,
+        lam: Tensor | None,
+        eta: Tensor,
+        reg_weight: Tensor,
+        num_mixed: int,
+        num_reg: int,
+        penalty: int = 0,
+        threshold: float = 1.0,
+        rescale: bool = True,
+        label_smoothing: float = 0.0,
+        sigmoid: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
+        labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
+        loss, parts, *rows = mixupe_loss(
+            logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
+        )
+        one = torch.ones_like(loss)
+        return loss, parts, mixupe_loss_backward(one, logits, *labels, parts, *rows, num_mixed, penalty, *tail)
+
+    return mixupe_loss_with_gradient
+
+
+mixupe_loss_with_gradient = with_gradient(mixupe_loss, mixupe_loss_backward)

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import IGNORE_INDEX
-from .forward import mixupe_loss
 from .launch import Tile, launch_tiled
 from .rows import (
     PEEL_FROM,
@@ -239,27 +238,3 @@ def mixupe_loss_backward(
     options = (num_mixed, penalty, label_smoothing, sigmoid)
     mixupe_loss_backward_out(grad, logits, target, partner, lam, parts, signed_entropy, lse, *options, out=out)
     return out
-
-
-def mixupe_loss_with_gradient(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-    penalty: int = 0,
-    threshold: float = 1.0,
-    rescale: bool = True,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, parts, gradient), one launch after the others; as ``reference.mixupe_loss_with_gradient``."""
-    labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
-    loss, parts, *saved = mixupe_loss(
-        logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
-    )
-    gradient = mixupe_loss_backward(torch.ones_like(loss), logits, *labels, parts, *saved, num_mixed, penalty, *tail)
-    return loss, parts, gradient
