@@ -46,14 +46,25 @@ MIXUPE_FN float widen(Half v) {
   return float_of_bits(sign | (exponent == 0 ? subnormal : normal));
 }
 
+// The bits of a value whose upper half is the value rounded to bfloat16: to nearest, ties to even.
+MIXUPE_FN uint32_t round_bits(float value) {
+  const uint32_t bits = bits_of(value);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// A NaN that round_bits keeps: its low 16 bits are 0, so that no carry leaves them.
+template <typename T>
+MIXUPE_FN T quiet_nan(T value) {
+  return value == value ? value : T(NAN);
+}
+
 template <typename Out, typename T>
 MIXUPE_FN Out narrow(T value) {
   if constexpr (std::is_same_v<Out, uint8_t>) {
     return static_cast<uint8_t>(static_cast<int32_t>(value));
   } else if constexpr (std::is_same_v<Out, BFloat16>) {
-    const uint32_t bits = bits_of(static_cast<float>(value));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+    const uint32_t magnitude = bits_of(static_cast<float>(value)) & 0x7fffffffu;
+    return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : round_bits(static_cast<float>(value)) >> 16)};
   } else if constexpr (std::is_same_v<Out, Half>) {
     const uint32_t bits = bits_of(static_cast<float>(value)), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
     const uint32_t subnormal = bits_of(float_of_bits(rest) + 0.5f) - 0x3f000000u;  // the addition rounds to m·2^-24
@@ -71,6 +82,29 @@ MIXUPE_FN Out narrow(T value) {
 constexpr int64_t block_size = 2048, lanes = 16;
 
 MIXUPE_FN int64_t padded(int64_t n) { return (n + lanes - 1) & ~(lanes - 1); }
+
+// Reads a block of logits, padded with -∞, which adds 0 to every sum; returns their maximum.
+template <typename L, typename T>
+MIXUPE_FN T load_logits(const L* z, int64_t n, T* block) {
+  const int64_t whole = n & ~(lanes - 1);
+  T max = T(-INFINITY);
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < whole; ++i) {
+    const T value = widen(z[i]);
+    block[i] = value;
+    max = value > max ? value : max;
+  }
+  if (whole < n) {
+    // One masked load: padding first and filling in after it made the loop below wait for the stores (20 ns a row).
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T value = i < n - whole ? widen(z[whole + i]) : T(-INFINITY);
+      block[whole + i] = value;
+      max = value > max ? value : max;
+    }
+  }
+  return max;
+}
 
 template <typename L, typename T>
 MIXUPE_FN void store_block(const T* block, int64_t n, L* out) {

@@ -1,6 +1,6 @@
 // The rows of ce_entropy and mixupe_loss and their gradients on the CPU: loops over blocks of a row, arithmetic from row.h.
 #pragma once
-#include "cpu.h"
+#include "cpu_bfloat16.h"
 
 namespace mixupe {
 namespace {
@@ -18,30 +18,27 @@ MIXUPE_FN int64_t block_length(int64_t classes, int64_t start) {
 // Loops over a block. Each is a function of its own, compiled for every SIMD level: inlined into the loop over blocks,
 // GCC 12 left one of them scalar (six times slower).
 
-// Reads a block of logits, padded with -∞, which adds 0 to every sum; returns their maximum.
-template <typename L, typename T>
-MIXUPE_FN T load_logits(const L* z, int64_t n, T* block) {
-  const int64_t whole = n & ~(lanes - 1), end = padded(n);
-#pragma omp simd
-  for (int64_t i = 0; i < whole; ++i) block[i] = widen(z[i]);
-  if (whole < n) {
-    // One masked load: padding first and filling in after it made the loop below wait for the stores (20 ns a row).
-#pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) block[whole + i] = i < n - whole ? widen(z[whole + i]) : T(-INFINITY);
-  }
-  T max = T(-INFINITY);
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < end; ++i) max = block[i] > max ? block[i] : max;
-  return max;
-}
-
-template <typename L, typename T>
-MIXUPE_SIMD Stats<T> softmax_block(const L* z, int64_t n, T* block) {
-  const T max = load_logits(z, n, block), shift = finite_shift(max);
+template <typename T>
+MIXUPE_FN Stats<T> softmax_sums(T max, int64_t n, const T* block) {
+  const T shift = finite_shift(max);
   T sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < padded(n); ++i) add_logit(block[i], shift, sum, weighted);
   return {max, sum, weighted};
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD Stats<T> softmax_block(const L* z, int64_t n, T* block) {
+  return softmax_sums(load_logits(z, n, block), n, block);
+}
+
+// The same with the block in whatever order is quickest.
+template <typename L, typename T>
+MIXUPE_SIMD Stats<T> softmax_sums_block(const L* z, int64_t n, T* block) {
+  if constexpr (std::is_same_v<L, BFloat16>)
+    return softmax_sums(load_halves(z, n, block), n, block);
+  else
+    return softmax_sums(load_logits(z, n, block), n, block);
 }
 
 // The targets of a block of columns, padded with 0; returns Σy.
@@ -147,7 +144,8 @@ RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int6
   double mass = 0, dot = 0;  // Σ y and Σ y (z - max)
   for (int64_t start = 0; start < t.classes; start += block_size) {
     const int64_t n = block_length(t.classes, start);
-    const Stats<T> narrow_part = softmax_block(z + start, n, block.z);
+    const Stats<T> narrow_part =
+        everywhere ? softmax_block(z + start, n, block.z) : softmax_sums_block(z + start, n, block.z);
     const Stats<double> part{narrow_part.max, narrow_part.sum, narrow_part.weighted};
     const Stats<double> joint = start == 0 ? part : merge(stats, part);
     if (everywhere) {
@@ -270,14 +268,20 @@ void backward_rows(const Backward<L>& job, int64_t begin, int64_t end) {
     const SignedEntropy<T> h = job.loss ? split_sign(job.entropy[row]) : SignedEntropy<T>{job.entropy[row], T(0)};
     const RowGradient<T> g = upstream(job, row, h.slope, mass);
     const T level = gradient_level(g, mass, h.entropy);
+    const L* z = job.logits + row * job.stride;
+    L* out = job.out + row * job.out_stride;
+    if constexpr (std::is_same_v<L, BFloat16>) {
+      if (!everywhere && t.classes >= shortest_in_halves) {
+        gradient_row(z, t.classes, l, {quiet_nan(lse), quiet_nan(level), quiet_nan(g.entropy), quiet_nan(g.ce)}, out);
+        continue;
+      }
+    }
     for (int64_t start = 0; start < t.classes; start += block_size) {
       const int64_t n = block_length(t.classes, start);
-      const L* z = job.logits + row * job.stride + start;
-      L* out = job.out + row * job.out_stride + start;
       if constexpr (std::is_same_v<L, T>) {
         if (!everywhere) {
-          softmax_gradient_direct(z, n, lse, level, g.entropy, out);
-          subtract_labels(l, g.ce, start, n, out);
+          softmax_gradient_direct(z + start, n, lse, level, g.entropy, out + start);
+          subtract_labels(l, g.ce, start, n, out + start);
           continue;
         }
       }
@@ -285,12 +289,12 @@ void backward_rows(const Backward<L>& job, int64_t begin, int64_t end) {
       // would lose the whole gradient where p is near 1.
       if (everywhere) target_block(t, l, row, start, n, block.y);
       if (job.sigmoid) {
-        sigmoid_gradient_block(z, block.y, n, g, block.z);
+        sigmoid_gradient_block(z + start, block.y, n, g, block.z);
       } else {
-        softmax_gradient_block(z, n, lse, level, g.entropy, block.z);
+        softmax_gradient_block(z + start, n, lse, level, g.entropy, block.z);
         everywhere ? subtract_targets(block.y, n, g.ce, block.z) : subtract_labels(l, g.ce, start, n, block.z);
       }
-      write_block(block.z, n, out);
+      write_block(block.z, n, out + start);
     }
   }
 }

@@ -6,6 +6,8 @@
     !defined(__SANITIZE_ADDRESS__)
 #define MIXUPE_HAS_CLONES
 #define MIXUPE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// Machines of the highest level that also round to bfloat16 by themselves: a level GCC 12 has no clones for.
+#define MIXUPE_SIMD_BFLOAT16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
 #else
 #define MIXUPE_SIMD
 #endif

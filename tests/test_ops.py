@@ -1,5 +1,11 @@
 """Every CPU backend against the reference in float64, forward and backward; gradcheck, opcheck, edges, bad input."""
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -141,6 +147,67 @@ def test_gradient_near_certainty_is_rounded_once(backend, dtype):
     expected = (logits.double().softmax(1)[:, 2] - 1).to(dtype)
     assert (expected != 0).all()
     torch.testing.assert_close(dz[:, 2], expected)
+
+
+# Every remainder of the vector widths and of the steps of a row, and rows past a block.
+LENGTHS = [*range(1, 71), *range(126, 131), 159, 160, 161, 255, 257, 2047, 2049]
+
+
+@pytest.mark.parametrize("classes", LENGTHS)
+def test_bfloat16_gradients_of_any_length_and_label(backend, classes):
+    labels = torch.arange(classes)[-128:]
+    rows = len(labels)
+    logits = make_logits((rows, classes), torch.bfloat16)
+    target = (labels, labels.flip(0), torch.rand(rows))
+    upstream = torch.randn(3, rows)
+    _, entropy, lse = ops.ce_entropy(logits, *target)
+    dz = ops.ce_entropy_backward(*upstream, logits, entropy, lse, *target)
+    truth = reference.ce_entropy(logits.double(), *to_double(target))
+    expected = reference.ce_entropy_backward(*upstream.double(), logits.double(), *truth[1:], *to_double(target))
+    # Half an ulp, and what rounding in float32 may add to it.
+    bound = 0.51 * torch.finfo(torch.bfloat16).eps * expected.abs() + 1e-6 * upstream.abs().amax(0)[:, None]
+    assert ((dz.double() - expected).abs() <= bound).all()
+
+
+# CUDA's NaN has all its bits set; to round it as integers could carry it over into -0.
+NAN_OF_ALL_BITS = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+
+
+def gradient_of_fixed_logits():
+    """A digest of a bfloat16 gradient, from exact inputs; one row is NaN."""
+    logits = ((torch.arange(64 * 1000) * 7919 % 1001 - 500) / 64).view(64, 1000).bfloat16()
+    labels, lam = torch.arange(64) * 15, torch.arange(64) / 64
+    _, entropy, lse = ops.ce_entropy(logits, labels, labels.flip(0), lam)
+    grad_ce = lam.clone()
+    grad_ce[5] = NAN_OF_ALL_BITS
+    dz = ops.ce_entropy_backward(grad_ce, -lam, None, logits, entropy, lse, labels, labels.flip(0), lam)
+    assert dz[5].isnan().all() and dz.isnan().sum() == 1000
+    return hashlib.sha256(dz.nan_to_num().view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.skipif("cpp" not in mk.available_backends(), reason="the compiled backend is not built")
+def test_every_way_of_rounding_to_bfloat16_is_the_same():
+    # By an instruction, where the machine has it, and as integers, which torch's switch for its own kernels brings back.
+    with mk.use_backend("cpp"):
+        expected = gradient_of_fixed_logits()
+    code = "import mixupe_kernels; from tests.test_ops import gradient_of_fixed_logits as g; print(g())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_of_any_bits_stays_one(backend, dtype):
+    nan, logits, labels = NAN_OF_ALL_BITS, make_logits((1, 70), dtype), torch.tensor([3])
+    _, entropy, lse = ops.ce_entropy(logits, labels)
+    for gradients in ((nan, None, None), (None, nan, None), (None, None, nan)):
+        assert ops.ce_entropy_backward(*gradients, logits, entropy, lse, labels).isnan().all()
+    logits[0, 7] = nan
+    for output in ops.ce_entropy(logits, labels):
+        assert output.isnan().all()
 
 
 # mixupe_loss
