@@ -23,9 +23,27 @@ MIXUPE_FN uint32_t word_of(const BFloat16* values, int64_t i) {
 MIXUPE_FN float first_of(uint32_t word) { return float_of_bits(word << 16); }
 MIXUPE_FN float second_of(uint32_t word) { return float_of_bits(word & 0xffff0000u); }
 
-// load_logits in halves, but for a last few in order.
+// Words of a row of n values that are in halves; the last few, and all values of other dtypes, are in order.
+template <typename L>
+MIXUPE_FN int64_t words_of(int64_t n) {
+  return std::is_same_v<L, BFloat16> ? n / (2 * lanes) * lanes : 0;
+}
+
+// Where a column's value is.
+template <typename L>
+MIXUPE_FN int64_t place_in_halves(int64_t column, int64_t n) {
+  const int64_t words = words_of<L>(n);
+  return column < 2 * words ? column / 2 + column % 2 * words : column;
+}
+
+// load_logits in halves.
+template <typename L, typename T>
+MIXUPE_FN T load_halves(const L* z, int64_t n, T* block) {
+  return load_logits(z, n, block);
+}
+
 MIXUPE_FN float load_halves(const BFloat16* z, int64_t n, float* block) {
-  const int64_t words = n / (2 * lanes) * lanes;
+  const int64_t words = words_of<BFloat16>(n);
   float max = load_logits(z + 2 * words, n - 2 * words, block + 2 * words);
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < words; ++i) {
@@ -38,14 +56,13 @@ MIXUPE_FN float load_halves(const BFloat16* z, int64_t n, float* block) {
   return max;
 }
 
-// Round count words of halves: values[i] and values[count + i] to out[2i] and out[2i + 1].
+// Round `count` words, a multiple of lanes, from halves: factor times first[i] to out[2i], times second[i] to out[2i + 1].
 
 struct RoundAsIntegers {
-  template <int count>
-  MIXUPE_FN static void words(const float* values, BFloat16* out) {
+  MIXUPE_FN static void words(const float* first, const float* second, int64_t count, float factor, BFloat16* out) {
 #pragma omp simd
-    for (int i = 0; i < count; ++i) {
-      const uint32_t word = round_bits(values[i]) >> 16 | (round_bits(values[count + i]) & 0xffff0000u);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t word = round_bits(first[i] * factor) >> 16 | (round_bits(second[i] * factor) & 0xffff0000u);
       std::memcpy(out + 2 * i, &word, sizeof word);
     }
   }
@@ -53,13 +70,14 @@ struct RoundAsIntegers {
 
 #ifdef MIXUPE_SIMD_BFLOAT16
 struct RoundByInstruction {
-  template <int count>
-  MIXUPE_SIMD_BFLOAT16 static inline void words(const float* values, BFloat16* out) {
+  MIXUPE_SIMD_BFLOAT16 static inline void words(
+      const float* first, const float* second, int64_t count, float factor, BFloat16* out) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int i = 0; i < count; i += lanes) {
-      const __m512 first = _mm512_load_ps(values + i), second = _mm512_load_ps(values + count + i);
-      const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    const __m512 factors = _mm512_set1_ps(factor);
+    for (int64_t i = 0; i < count; i += lanes) {
+      const __m512 low = _mm512_loadu_ps(first + i) * factors, high = _mm512_loadu_ps(second + i) * factors;
+      const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
       _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(order, halves));
     }
   }
@@ -90,7 +108,7 @@ MIXUPE_FN void gradient_in_halves(
       dz[i] = softmax_gradient(first_of(word), g.lse, g.level, g.slope);
       dz[words + i] = softmax_gradient(second_of(word), g.lse, g.level, g.slope);
     }
-    Round::template words<words>(dz, out + start);
+    Round::words(dz, dz + words, words, 1.f, out + start);
     // The labels' columns once more: to change dz itself made the rounding wait for the stores.
     for (const int64_t column : {l.own, l.partner}) {
       const int64_t i = column - start;
@@ -126,6 +144,36 @@ bool rounds_by_instruction() {
   return allowed && __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
 }
 #endif
+
+template <typename Round>
+MIXUPE_FN void scale_halves(const float* values, int64_t rows, int64_t n, float factor, BFloat16* out) {
+  const int64_t words = words_of<BFloat16>(n);
+  for (int64_t row = 0; row < rows; ++row, values += n, out += n) {
+    Round::words(values, values + words, words, factor, out);
+    for (int64_t i = 2 * words; i < n; ++i) out[i] = narrow<BFloat16>(values[i] * factor);
+  }
+}
+
+MIXUPE_SIMD void scale_rounded_as_integers(
+    const float* values, int64_t rows, int64_t n, float factor, BFloat16* out) {
+  scale_halves<RoundAsIntegers>(values, rows, n, factor, out);
+}
+
+#ifdef MIXUPE_SIMD_BFLOAT16
+MIXUPE_SIMD_BFLOAT16 void scale_rounded_by_instruction(
+    const float* values, int64_t rows, int64_t n, float factor, BFloat16* out) {
+  scale_halves<RoundByInstruction>(values, rows, n, factor, out);
+}
+#endif
+
+// Rows of n values in halves, times a factor.
+void scale_rows(const float* values, int64_t rows, int64_t n, float factor, BFloat16* out) {
+#ifdef MIXUPE_SIMD_BFLOAT16
+  static const bool by_instruction = rounds_by_instruction();
+  if (by_instruction) return scale_rounded_by_instruction(values, rows, n, factor, out);
+#endif
+  scale_rounded_as_integers(values, rows, n, factor, out);
+}
 
 void gradient_row(
     const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient& g, BFloat16* out) {

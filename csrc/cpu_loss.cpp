@@ -116,6 +116,18 @@ LossSums sum_rows(const Forward<L>& job) {
   return sums;
 }
 
+// Of the sums, what the labels alone tell.
+template <typename T>
+LossSums count_rows(const Targets<T>& targets, const LossShape<T>& shape) {
+  LossSums counts{};
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    const T kept = targets.row_labels(row).kept;
+    counts.rows_mix += row < shape.num_mixed ? kept : T(0);
+    counts.rows_reg += shape.regularizes(row, kept);
+  }
+  return counts;
+}
+
 // The loss and its gradient ------------------------------------------------------------------------------------------
 
 // Where the forward leaves what it found: the loss, its five parts, and signed H and lse of each row.
@@ -127,15 +139,19 @@ struct LossOutput {
 template <typename L, typename T>
 void forward_loss(
     const Tensor& logits, const Targets<T>& targets, const Tensor& eta, const Tensor& reg_weight,
-    const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out) {
+    const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out, T* gradient = nullptr) {
   const int64_t rows = shape.rows;
+  const T eta_value = *scalar_of<T>("eta", eta, logits), weight = *scalar_of<T>("reg_weight", reg_weight, logits);
   const std::unique_ptr<T[]> scratch(new T[3 * rows]);
-  const Forward<L> job{static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), targets, sigmoid,
-                       scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, scratch.get() + 2 * rows,
-                       shape};
+  Forward<L> job{static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), targets, sigmoid,
+                 scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, scratch.get() + 2 * rows, shape};
+  if (gradient) {
+    job.gradient = gradient;
+    loss_of_sums(count_rows(targets, shape), eta_value, weight, false, out.parts);
+    job.mix = out.parts[3], job.reg = out.parts[4];
+  }
   run(job, rows);
-  *out.loss = loss_of_sums(sum_rows(job), *scalar_of<T>("eta", eta, logits),
-                           *scalar_of<T>("reg_weight", reg_weight, logits), rescale, out.parts);
+  *out.loss = loss_of_sums(sum_rows(job), eta_value, weight, rescale, out.parts);
 }
 
 template <typename L, typename T>
@@ -149,6 +165,32 @@ void backward_loss(
   job.reg = grad * parts[4];
   job.penalty = static_cast<int>(penalty);
   run(job, logits.size(0));
+}
+
+// Bytes of a gradient that stays in the last-level cache until it is scaled, and of one that is kept apart until then: that
+// memory stays with the thread, since its page faults would cost more than the exponentials it spares.
+constexpr int64_t cached_gradient = 8 << 20, kept_gradient = 4 << 20;
+
+template <typename L, typename T>
+void scale_gradient(const T* unscaled, T factor, int64_t classes, L* out, int64_t rows) {
+  parallel_rows(rows, classes, [=](int64_t begin, int64_t end) {
+    scale_rows(unscaled + begin * classes, end - begin, classes, factor, out + begin * classes);
+  });
+}
+
+// Where forward_rows may leave the gradient without η̂: in `out`, apart in the accumulation dtype, or (null) nowhere.
+template <typename L, typename T>
+T* unscaled_gradient(const Targets<T>& targets, bool sigmoid, const Tensor& out) {
+  const int64_t size = out.size(0) * out.size(1), bytes = size * int64_t(sizeof(T));
+  if (sigmoid || targets.everywhere() || targets.classes > block_size) return nullptr;
+  if constexpr (std::is_same_v<L, T>) {
+    return bytes <= cached_gradient ? data<T>(out) : nullptr;
+  } else {
+    static thread_local std::vector<T> kept;
+    if (bytes > kept_gradient) return nullptr;
+    if (int64_t(kept.size()) < size) kept.resize(size);
+    return kept.data();
+  }
 }
 
 // Calls f with a value of the logits' C++ type and the targets, checked.
@@ -196,9 +238,13 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
     const auto shape = check_loss_shape<T>(logits, num_mixed, num_reg, penalty, threshold);
     const std::unique_ptr<T[]> rows(new T[2 * shape.rows]);
     const LossOutput<T> out{data<T>(loss), data<T>(parts), rows.get(), rows.get() + shape.rows};
-    forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid, out);
-    backward_loss<L, T>(logits, targets, 1, {out.parts, 1}, {out.signed_entropy, 1}, {out.lse, 1}, num_mixed, penalty,
-                        sigmoid, gradient);
+    T* const unscaled = unscaled_gradient<L>(targets, sigmoid, gradient);
+    forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid, out, unscaled);
+    if (!unscaled)
+      backward_loss<L, T>(logits, targets, 1, {out.parts, 1}, {out.signed_entropy, 1}, {out.lse, 1}, num_mixed, penalty,
+                          sigmoid, gradient);
+    else if (rescale || !std::is_same_v<L, T>)
+      scale_gradient(unscaled, out.parts[2], targets.classes, data<L>(gradient), shape.rows);
   });
   return {loss, parts, gradient};
 }

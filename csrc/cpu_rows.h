@@ -35,10 +35,7 @@ MIXUPE_SIMD Stats<T> softmax_block(const L* z, int64_t n, T* block) {
 // The same with the block in whatever order is quickest.
 template <typename L, typename T>
 MIXUPE_SIMD Stats<T> softmax_sums_block(const L* z, int64_t n, T* block) {
-  if constexpr (std::is_same_v<L, BFloat16>)
-    return softmax_sums(load_halves(z, n, block), n, block);
-  else
-    return softmax_sums(load_logits(z, n, block), n, block);
+  return softmax_sums(load_halves(z, n, block), n, block);
 }
 
 // The targets of a block of columns, padded with 0; returns Σy.
@@ -136,7 +133,16 @@ struct RowLoss {
   T ce, entropy, lse, mass;
 };
 
-// The few numbers of a row are float64, so that merging blocks costs no digits.
+// A row of labels. Its few numbers are float64, so that merging blocks costs no digits; CE is of shifted logits, since
+// lse - z_y would lose the digits of a shift that all logits share.
+template <typename L, typename T>
+MIXUPE_FN RowLoss<T> label_loss(const L* z, const Labels<T>& l, const Stats<double>& stats) {
+  const double log_total = log_sum(stats);
+  const double ce = weigh<double>(l.own_weight, log_total - (widen(z[l.own]) - stats.max)) +
+                    weigh<double>(l.partner_weight, log_total - (widen(z[l.partner]) - stats.max));
+  return {T(ce), T(entropy(stats, log_total)), T(stats.max + log_total), T(0)};
+}
+
 template <typename L, typename T>
 RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row, Block<T>& block) {
   const bool everywhere = t.everywhere();
@@ -156,12 +162,9 @@ RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int6
     }
     stats = joint;
   }
+  if (!everywhere) return label_loss(z, l, stats);
   const double log_total = log_sum(stats);
-  // From shifted logits: lse - z_y would lose the digits of a shift that all logits share.
-  const double ce = everywhere ? weigh(mass, log_total) - dot
-                               : weigh<double>(l.own_weight, log_total - (widen(z[l.own]) - stats.max)) +
-                                     weigh<double>(l.partner_weight, log_total - (widen(z[l.partner]) - stats.max));
-  return {T(ce), T(entropy(stats, log_total)), T(stats.max + log_total), T(mass)};
+  return {T(weigh(mass, log_total) - dot), T(entropy(stats, log_total)), T(stats.max + log_total), T(mass)};
 }
 
 template <typename L, typename T>
@@ -187,7 +190,65 @@ struct Forward {
   // For mixupe_loss, whose `entropy` is signed: each row's share of kept labels and its penalty.
   T *kept = nullptr, *value = nullptr;
   LossShape<T> shape = {};
+  // For the loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is
+  // in η̂, but η̂ is a factor of the whole gradient: scale_rows puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row
+  // of R are without it, too.
+  T* gradient = nullptr;
+  T mix = 0, reg = 0;
 };
+
+// Writes what the loss and its backward need of a row; returns the slope of its penalty, 0 where it carries none.
+template <typename L, typename T>
+MIXUPE_FN T keep_row(const Forward<L>& job, int64_t row, const Labels<T>& l, const RowLoss<T>& r) {
+  const LossShape<T>& shape = job.shape;
+  const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
+  const T kept = job.targets.dense ? T(1) : l.kept;
+  const T slope = shape.regularizes(row, kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
+  job.ce[row] = r.ce, job.lse[row] = r.lse, job.kept[row] = kept;
+  job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
+  job.entropy[row] = sign_entropy(r.entropy, slope);
+  return slope;
+}
+
+template <typename T>
+void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* dz) {
+  if (l.own >= start && l.own < start + n) dz[l.own - start] -= weight * l.own_weight;
+  if (l.partner >= start && l.partner < start + n) dz[l.partner - start] -= weight * l.partner_weight;
+}
+
+template <typename L, typename T>
+MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* exponentials) {
+  const T max = load_halves(z, n, block), shift = finite_shift(max);
+  T sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < padded(n); ++i) exponentials[i] = add_logit(block[i], shift, sum, weighted);
+  return {max, sum, weighted};
+}
+
+// softmax_gradient with e^{z-m} for p: level and slope are divided by their sum.
+template <typename T>
+MIXUPE_SIMD void gradient_of_exponentials(const T* e, const T* z, int n, T lse, T level, T slope, T* out) {
+  const int end = static_cast<int>(padded(n));
+#pragma omp simd
+  for (int i = 0; i < end; ++i)
+    if (i < n) out[i] = e[i] * (level - slope * clamp_exponent(z[i] - lse));
+}
+
+template <typename L, typename T>
+void loss_and_gradient_row(const Forward<L>& job, int64_t row, const L* z, const Labels<T>& l, Block<T>& block) {
+  const int64_t n = job.targets.classes;
+  T *const exponentials = block.y, *const out = job.gradient + row * n;
+  const Stats<T> sums = exponentials_block(z, n, block.z, exponentials);
+  const Stats<double> stats{sums.max, sums.sum, sums.weighted};
+  const RowLoss<T> r = label_loss(z, l, stats);
+  const T slope = keep_row(job, row, l, r);
+  const RowGradient<T> g =
+      loss_gradient(row < job.shape.num_mixed ? job.mix : T(0), job.reg, slope, T(1), job.shape.penalty);
+  const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
+  gradient_of_exponentials(exponentials, block.z, n, r.lse, level / sums.sum, g.entropy / sums.sum, out);
+  out[place_in_halves<L>(l.own, n)] -= g.ce * l.own_weight;
+  out[place_in_halves<L>(l.partner, n)] -= g.ce * l.partner_weight;
+}
 
 template <typename L>
 void forward_rows(const Forward<L>& job, int64_t begin, int64_t end) {
@@ -196,18 +257,24 @@ void forward_rows(const Forward<L>& job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const L* z = job.logits + row * job.stride;
     const Labels<T> l = job.targets.row_labels(row);
+    if (job.gradient) {
+      loss_and_gradient_row(job, row, z, l, block);
+      continue;
+    }
     const RowLoss<T> r = job.sigmoid ? sigmoid_row(z, job.targets, l, row, block)
                                      : softmax_row(z, job.targets, l, row, block);
-    job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
-    if (!job.value) continue;
-    const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
-    const LossShape<T>& shape = job.shape;
-    const T kept = job.targets.dense ? T(1) : l.kept;
-    const bool regularized = shape.regularizes(row, kept);
-    job.kept[row] = kept;
-    job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
-    job.entropy[row] = sign_entropy(r.entropy, regularized ? penalty_slope(q, shape.penalty, shape.threshold) : T(0));
+    if (job.value)
+      keep_row(job, row, l, r);
+    else
+      job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
   }
+}
+
+// Rows of n values in halves, times a factor; `out` may be `values`.
+template <typename L, typename T>
+MIXUPE_SIMD void scale_rows(const T* values, int64_t rows, int64_t n, T factor, L* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < rows * n; ++i) out[i] = narrow<L>(values[i] * factor);
 }
 
 template <typename L>
@@ -248,12 +315,6 @@ T target_mass(const Backward<L>& job, const Labels<T>& l, int64_t row, T* y) {
   for (int64_t start = 0; start < t.classes; start += block_size)
     mass += target_block(t, l, row, start, block_length(t.classes, start), y);
   return T(mass);
-}
-
-template <typename T>
-void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* dz) {
-  if (l.own >= start && l.own < start + n) dz[l.own - start] -= weight * l.own_weight;
-  if (l.partner >= start && l.partner < start + n) dz[l.partner - start] -= weight * l.partner_weight;
 }
 
 template <typename L>

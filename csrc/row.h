@@ -87,13 +87,14 @@ MIXUPE_FN Stats<T> empty_stats() {
   return {T(-INFINITY), T(0), T(0)};
 }
 
-// Adds one logit to the sums of a row whose maximum is known.
+// Adds one logit to the sums of a row whose maximum is known; returns its e^{z-m}.
 template <typename T>
-MIXUPE_FN void add_logit(T z, T max, T& sum, T& weighted) {
+MIXUPE_FN T add_logit(T z, T max, T& sum, T& weighted) {
   const T d = z - max;
   const T e = exp_fast(d);
   sum += e;
   weighted += e * clamp_exponent(d);
+  return e;
 }
 
 // What to subtract from logits whose maximum is `max`: -∞ (every class so far masked) would make -∞ - -∞.

@@ -255,7 +255,7 @@ def mixupe_loss(
     with w = ``target.reg_weight`` (eq. 7). η̂ = \|L_mix\| / \|L_mix + η R\| is a constant to autograd (eq. 9), and 1 where
     its denominator is 0. Rows whose label is -100 leave both means; a mean over no rows is 0. For the backward, two
     floats a row are kept beside the arguments (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the
-    forward).
+    forward; each thread that calls this with bfloat16 logits keeps up to 4 MiB to make it in).
 
     Args:
         logits: (N, ..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).

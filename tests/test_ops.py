@@ -258,7 +258,16 @@ def check_mixupe_loss(logits, kind, counts, penalty, smoothing=0.0, rescale=True
     loss, parts, gradient = ops.mixupe_loss_with_gradient(logits, *target, *scalars, *options, rescale, *tail[2:])
     one = torch.ones_like(grad)
     assert torch.equal(loss, outputs[0]) and torch.equal(parts, outputs[1])
-    assert torch.equal(gradient, ops.mixupe_loss_backward(one, *arguments[1:]))
+    truth_dz = reference.mixupe_loss_backward(one.double(), *doubled[:-2], *truth[1:], *tail)
+    peer_dz = reference.mixupe_loss_backward(one, logits, *target, *peer[1:], *tail)
+    assert_accurate(gradient, truth_dz, peer_dz, ulps=16)
+
+
+# About the lengths and sizes from which the compiled operator takes a second exponential instead of keeping the first.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 2048), (3, 2049), (1038, 1009), (1040, 1009), (2079, 1009)], ids=str)
+def test_mixupe_loss_of_many_logits(backend, shape, dtype):
+    check_mixupe_loss(make_logits(shape, dtype), "mixed", (shape[0] // 2, shape[0] - shape[0] // 2), 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (4, 21841), (300, 3)], ids=str)
