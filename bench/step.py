@@ -31,6 +31,9 @@ from .methods import TARGET_RATIO
 
 ALPHA, ETA = 1.0, 1e-3
 INTERVAL = 4
+TURN_SECONDS = (
+    5e-2  # most of it the steady state of training: in turns of 10 ms the first steps after another's weighed in
+)
 FULL_RUN_ONLY = ("MixupE sample 1/4", "MixupE sample 1/16", "MixupE split 1/8", f"MixupE interval {INTERVAL}")
 
 
@@ -272,7 +275,7 @@ class Bench:
         # On its own, because a step of twice the memory leaves the heap in another state for the one after it.
         pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=1, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
-        times = timing.interleave(calls, rounds, warmup=1, min_seconds=1e-2)
+        times = timing.interleave(calls, rounds, warmup=1, min_seconds=TURN_SECONDS)
         rows = []
         for name in calls:
             method = methods[name]

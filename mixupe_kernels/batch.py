@@ -31,13 +31,12 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
         weights = draw.lam.to(reference.accumulate_dtype(x.dtype))
         mixed = ops.call(ops.gather_sum_op, x, draw.partner, weights, draw.offsets)
         return mixed.contiguous(memory_format=reference.row_format(x))
-    lam = draw.lam.to(compute)
-    rows = draw.target.lam.shape[0]
-    if out is not None and out.shape[0] != rows:
-        out = out[:rows]
+    lam = draw.lam if draw.lam.dtype is compute else draw.lam.to(compute)
     if out is None:
         out = ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments)
     else:
+        rows = draw.target.lam.shape[0]
+        out = out if out.shape[0] == rows else out[:rows]
         ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, out=out)
     if draw.box is not None:
         cutmix.paste_box(out, x, draw.partner[: draw.target.num_mixed], draw.box, arguments)

@@ -70,14 +70,12 @@ def _count_rows(target: Tensor | tuple, logits: Tensor) -> tuple[int, int, Tenso
     rows = logits.shape[:-1].numel()
     if not isinstance(target, tuple):
         return rows, 0, _scalar("target.reg_weight", 0.0, logits)
-    each = rows // max(logits.shape[0], 1)
-    counts = []
-    for name in ("num_mixed", "num_reg"):
-        count = getattr(target, name)
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= logits.shape[0]:
-            raise ValueError(f"target.{name} must be an int in [0, {logits.shape[0]}], got {count!r}")
-        counts.append(count * each)
-    return *counts, _scalar("target.reg_weight", target.reg_weight, logits)
+    batch, num_mixed, num_reg = logits.shape[0], target.num_mixed, target.num_reg
+    for name, count in (("num_mixed", num_mixed), ("num_reg", num_reg)):
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= batch:
+            raise ValueError(f"target.{name} must be an int in [0, {batch}], got {count!r}")
+    each = rows // batch if batch else 0
+    return num_mixed * each, num_reg * each, _scalar("target.reg_weight", target.reg_weight, logits)
 
 
 class _InplaceLoss(torch.autograd.Function):
@@ -156,14 +154,15 @@ def _loss(
     if q is not None or callable(options.penalty) or (learned_target and torch.is_grad_enabled()):
         return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
     arguments = (
-        rows, *parts, eta, reg_weight, num_mixed, num_reg, reference.PENALTIES.index(options.penalty),
+        *parts, eta, reg_weight, num_mixed, num_reg, reference.PENALTIES.index(options.penalty),
         options.threshold, options.rescale, options.label_smoothing, options.sigmoid,
     )  # fmt: skip
     if options.inplace_backward:
         _check_inplace(logits)
-        return ops.call(_InplaceLoss.apply, *arguments)
-    operator = ops.mixupe_loss_with_gradient_op if _wants_gradient_now(rows) else ops.mixupe_loss_op
-    return ops.call(operator, *arguments)[:2]
+        return ops.call(_InplaceLoss.apply, rows, *arguments)
+    if _wants_gradient_now(rows):
+        return ops.call(ops.MixupELossWithGradient.apply, rows, arguments)[:2]
+    return ops.call(ops.mixupe_loss_op, rows, *arguments)[:2]
 
 
 # Logits that stay in the last-level cache (bytes) have their gradient made with the loss.
@@ -178,9 +177,9 @@ def _wants_gradient_now(rows: Tensor) -> bool:
     """
     return (
         rows.requires_grad
-        and rows.device.type == "cpu"
+        and rows.is_cpu
+        and rows.nbytes <= _GRADIENT_NOW
         and rows.dtype is not torch.float16
-        and rows.numel() * rows.element_size() <= _GRADIENT_NOW
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
@@ -335,10 +334,11 @@ class MixupELoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
         checks.tensor("logits", logits)
-        key = (logits.device, reference.accumulate_dtype(logits.dtype))
+        key = (logits.device, logits.dtype)
         eta = self._eta.get(key)
         if eta is None:
-            eta = self._eta[key] = torch.full((), self._eta_value, dtype=key[1], device=key[0])
+            compute = reference.accumulate_dtype(logits.dtype)
+            eta = self._eta[key] = torch.full((), self._eta_value, dtype=compute, device=logits.device)
         loss, parts = _loss(logits, target, eta, self.options, q)
         self._last[:] = [parts]
         return loss

@@ -3,6 +3,7 @@
 from .losses import (
     BCEEntropy,
     CEEntropy,
+    MixupELossWithGradient,
     Target,
     as_multilabel,
     as_rows,
@@ -14,7 +15,6 @@ from .losses import (
     ce_entropy_op,
     mixupe_loss_backward_out_op,
     mixupe_loss_op,
-    mixupe_loss_with_gradient_op,
 )
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op
 from .registration import below_autograd, call, operators
@@ -22,6 +22,7 @@ from .registration import below_autograd, call, operators
 __all__ = [
     "BCEEntropy",
     "CEEntropy",
+    "MixupELossWithGradient",
     "Target",
     "as_multilabel",
     "as_rows",
@@ -39,6 +40,5 @@ __all__ = [
     "mix_out_op",
     "mixupe_loss_backward_out_op",
     "mixupe_loss_op",
-    "mixupe_loss_with_gradient_op",
     "operators",
 ]

@@ -287,7 +287,7 @@ class _MixupELoss(torch.autograd.Function):
 
 
 @differentiable
-class _MixupELossWithGradient(torch.autograd.Function):
+class MixupELossWithGradient(torch.autograd.Function):
     operator = mixupe_loss_with_gradient_op
     inputs = ("logits",)
 
@@ -322,7 +322,7 @@ def _is_one(grad: Tensor) -> bool:
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return type(grad) is Tensor and not batched and grad.device.type == "cpu" and grad.item() == 1
+    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1
 
 
 @differentiable
