@@ -31,9 +31,8 @@ from .methods import TARGET_RATIO
 
 ALPHA, ETA = 1.0, 1e-3
 INTERVAL = 4
-TURN_SECONDS = (
-    5e-2  # most of it the steady state of training: in turns of 10 ms the first steps after another's weighed in
-)
+# Mostly the steady state of training: in turns of 10 ms the first steps after another contender's weighed in.
+TURN_SECONDS = 5e-2
 FULL_RUN_ONLY = ("MixupE sample 1/4", "MixupE sample 1/16", "MixupE split 1/8", f"MixupE interval {INTERVAL}")
 
 
@@ -172,7 +171,7 @@ def exact(model: nn.Module, mean: Tensor) -> Method:
 
 
 def make_methods(model: nn.Module, spec: Spec, batch: int, mean: Tensor) -> dict[str, Method]:
-    """Every way to train, by the name it has in the results; all of ours pair as eager Mixup does."""
+    """Every way to train, by the name it has in the results; ours pair as eager Mixup does, and mix in place if they can."""
 
     def mixupe(**options) -> tuple[mk.MixupE, float]:
         mixer = mk.MixupE(ALPHA, pairing="flip", **options)
@@ -180,7 +179,7 @@ def make_methods(model: nn.Module, spec: Spec, batch: int, mean: Tensor) -> dict
 
     methods = {
         "Mixup eager": eager_mixup(model, spec.classes),
-        "Mixup": ours(model, mk.Mixup(ALPHA, pairing="flip"), 0.0),
+        "Mixup": ours(model, mk.Mixup(ALPHA, pairing="flip", inplace=True), 0.0),
         "MixupE, authors' form": authors(model, spec.classes),
         "MixupE full": ours(model, *mixupe()),
     }
@@ -188,7 +187,7 @@ def make_methods(model: nn.Module, spec: Spec, batch: int, mean: Tensor) -> dict
         methods[f"MixupE sample 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part))
     for part in (4, 8):
         methods[f"MixupE split 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part, split=True))
-    methods["MixupE mixed"] = ours(model, *mixupe(regularize="mixed"))
+    methods["MixupE mixed"] = ours(model, *mixupe(regularize="mixed", inplace=True))
     every = mk.MixupE(ALPHA, pairing="flip", interval=INTERVAL)
     methods[f"MixupE interval {INTERVAL}"] = ours(model, every, 1 / INTERVAL, steps=INTERVAL)
     methods["MixupE exact q"] = exact(model, mean)

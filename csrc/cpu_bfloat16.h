@@ -57,6 +57,7 @@ MIXUPE_FN float load_halves(const BFloat16* z, int64_t n, float* block) {
 }
 
 // Round `count` words, a multiple of lanes, from halves: factor times first[i] to out[2i], times second[i] to out[2i + 1].
+// The instruction takes subnormal numbers for 0.
 
 struct RoundAsIntegers {
   MIXUPE_FN static void words(const float* first, const float* second, int64_t count, float factor, BFloat16* out) {
