@@ -177,7 +177,7 @@ struct Targets {
   MIXUPE_FN bool everywhere() const { return dense || class_weight || label_smoothing != T(0); }
 
   MIXUPE_FN Labels<T> row_labels(int64_t row) const {
-    if (dense) return {};
+    if (dense) return {0, 0, T(0), T(0), T(0), T(1)};
     const int64_t first = own[row];
     Labels<T> l = labels<T>(first, partner ? partner[row] : first, partner ? lam[row] : T(1), ignore_index,
                             label_smoothing, classes);

@@ -46,16 +46,11 @@ MIXUPE_FN float widen(Half v) {
   return float_of_bits(sign | (exponent == 0 ? subnormal : normal));
 }
 
-// The bits of a value whose upper half is the value rounded to bfloat16: to nearest, ties to even.
+// The bits of a value whose upper half is the value rounded to bfloat16: to nearest, ties to even. The carry of a NaN whose
+// low bits are set would make another number of it.
 MIXUPE_FN uint32_t round_bits(float value) {
-  const uint32_t bits = bits_of(value);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
-// A NaN that round_bits keeps: its low 16 bits are 0, so that no carry leaves them.
-template <typename T>
-MIXUPE_FN T quiet_nan(T value) {
-  return value == value ? value : T(NAN);
+  const uint32_t bits = bits_of(value), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded;
 }
 
 template <typename Out, typename T>
@@ -63,8 +58,7 @@ MIXUPE_FN Out narrow(T value) {
   if constexpr (std::is_same_v<Out, uint8_t>) {
     return static_cast<uint8_t>(static_cast<int32_t>(value));
   } else if constexpr (std::is_same_v<Out, BFloat16>) {
-    const uint32_t magnitude = bits_of(static_cast<float>(value)) & 0x7fffffffu;
-    return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : round_bits(static_cast<float>(value)) >> 16)};
+    return {static_cast<uint16_t>(round_bits(static_cast<float>(value)) >> 16)};
   } else if constexpr (std::is_same_v<Out, Half>) {
     const uint32_t bits = bits_of(static_cast<float>(value)), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
     const uint32_t subnormal = bits_of(float_of_bits(rest) + 0.5f) - 0x3f000000u;  // the addition rounds to m·2^-24

@@ -101,22 +101,7 @@ Tensor ce_entropy_backward(
 
 constexpr int64_t ignored_label = -100;  // reference.IGNORE_INDEX
 
-// Summed serially in float64: the same bits for any number of threads.
-template <typename L>
-LossSums sum_rows(const Forward<L>& job) {
-  using T = Accumulate<L>;
-  const LossShape<T>& shape = job.shape;
-  LossSums sums{};
-  for (int64_t row = 0; row < shape.num_mixed; ++row) sums.mix += job.ce[row], sums.rows_mix += job.kept[row];
-  for (int64_t row = shape.rows - shape.num_reg; row < shape.rows; ++row) {
-    const bool regularized = shape.regularizes(row, job.kept[row]);
-    sums.reg += regularized ? job.value[row] : T(0);
-    sums.rows_reg += regularized;
-  }
-  return sums;
-}
-
-// Of the sums, what the labels alone tell.
+// Of a loss's sums, what the targets alone tell.
 template <typename T>
 LossSums count_rows(const Targets<T>& targets, const LossShape<T>& shape) {
   LossSums counts{};
@@ -126,6 +111,15 @@ LossSums count_rows(const Targets<T>& targets, const LossShape<T>& shape) {
     counts.rows_reg += shape.regularizes(row, kept);
   }
   return counts;
+}
+
+// Summed serially in float64: the same bits for any number of threads.
+template <typename L>
+LossSums sum_rows(const Forward<L>& job, LossSums sums) {
+  const auto& shape = job.shape;
+  for (int64_t row = 0; row < shape.num_mixed; ++row) sums.mix += job.ce[row];
+  for (int64_t row = shape.rows - shape.num_reg; row < shape.rows; ++row) sums.reg += job.value[row];
+  return sums;
 }
 
 // The loss and its gradient ------------------------------------------------------------------------------------------
@@ -142,16 +136,17 @@ void forward_loss(
     const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out, T* gradient = nullptr) {
   const int64_t rows = shape.rows;
   const T eta_value = *scalar_of<T>("eta", eta, logits), weight = *scalar_of<T>("reg_weight", reg_weight, logits);
-  const std::unique_ptr<T[]> scratch(new T[3 * rows]);
+  const LossSums counts = count_rows(targets, shape);
+  const std::unique_ptr<T[]> scratch(new T[2 * rows]);
   Forward<L> job{static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), targets, sigmoid,
-                 scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, scratch.get() + 2 * rows, shape};
+                 scratch.get(), out.signed_entropy, out.lse, scratch.get() + rows, shape};
   if (gradient) {
     job.gradient = gradient;
-    loss_of_sums(count_rows(targets, shape), eta_value, weight, false, out.parts);
+    loss_of_sums(counts, eta_value, weight, false, out.parts);
     job.mix = out.parts[3], job.reg = out.parts[4];
   }
   run(job, rows);
-  *out.loss = loss_of_sums(sum_rows(job), eta_value, weight, rescale, out.parts);
+  *out.loss = loss_of_sums(sum_rows(job, counts), eta_value, weight, rescale, out.parts);
 }
 
 template <typename L, typename T>
@@ -174,7 +169,11 @@ constexpr int64_t cached_gradient = 8 << 20, kept_gradient = 4 << 20;
 template <typename L, typename T>
 void scale_gradient(const T* unscaled, T factor, int64_t classes, L* out, int64_t rows) {
   parallel_rows(rows, classes, [=](int64_t begin, int64_t end) {
-    scale_rows(unscaled + begin * classes, end - begin, classes, factor, out + begin * classes);
+    const T* from = unscaled + begin * classes;
+    if constexpr (std::is_same_v<L, BFloat16>)
+      bfloat16_rows().scale(from, end - begin, classes, factor, out + begin * classes);
+    else
+      scale_values(from, (end - begin) * classes, factor, out + begin * classes);
   });
 }
 

@@ -187,11 +187,11 @@ struct Forward {
   Targets<T> targets;
   bool sigmoid;
   T *ce, *entropy, *lse;
-  // For mixupe_loss, whose `entropy` is signed: each row's share of kept labels and its penalty.
-  T *kept = nullptr, *value = nullptr;
+  // For mixupe_loss, whose `entropy` is signed: each row's penalty, 0 where it carries none.
+  T* value = nullptr;
   LossShape<T> shape = {};
   // For the loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is
-  // in η̂, but η̂ is a factor of the whole gradient: scale_rows puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row
+  // in η̂, but η̂ is a factor of the whole gradient: scale_gradient puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row
   // of R are without it, too.
   T* gradient = nullptr;
   T mix = 0, reg = 0;
@@ -202,10 +202,10 @@ template <typename L, typename T>
 MIXUPE_FN T keep_row(const Forward<L>& job, int64_t row, const Labels<T>& l, const RowLoss<T>& r) {
   const LossShape<T>& shape = job.shape;
   const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
-  const T kept = job.targets.dense ? T(1) : l.kept;
-  const T slope = shape.regularizes(row, kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
-  job.ce[row] = r.ce, job.lse[row] = r.lse, job.kept[row] = kept;
-  job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
+  const bool regularized = shape.regularizes(row, l.kept);
+  const T slope = regularized ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
+  job.ce[row] = r.ce, job.lse[row] = r.lse;
+  job.value[row] = regularized ? penalty_value(q, shape.penalty, shape.threshold) : T(0);
   job.entropy[row] = sign_entropy(r.entropy, slope);
   return slope;
 }
@@ -270,11 +270,11 @@ void forward_rows(const Forward<L>& job, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of n values in halves, times a factor; `out` may be `values`.
+// `out` may be `values`.
 template <typename L, typename T>
-MIXUPE_SIMD void scale_rows(const T* values, int64_t rows, int64_t n, T factor, L* out) {
+MIXUPE_SIMD void scale_values(const T* values, int64_t n, T factor, L* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < rows * n; ++i) out[i] = narrow<L>(values[i] * factor);
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(values[i] * factor);
 }
 
 template <typename L>
@@ -333,7 +333,7 @@ void backward_rows(const Backward<L>& job, int64_t begin, int64_t end) {
     L* out = job.out + row * job.out_stride;
     if constexpr (std::is_same_v<L, BFloat16>) {
       if (!everywhere && t.classes >= shortest_in_halves) {
-        gradient_row(z, t.classes, l, {quiet_nan(lse), quiet_nan(level), quiet_nan(g.entropy), quiet_nan(g.ce)}, out);
+        bfloat16_rows().gradient(z, t.classes, l, {lse, level, g.entropy, g.ce}, out);
         continue;
       }
     }

@@ -179,9 +179,8 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_row
   if (!job.value) return;
   const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, sigmoid, r.mass));
   const LossShape<T>& shape = job.shape;
-  const T kept = job.targets.dense ? T(1) : l.kept;
-  const T slope = shape.regularizes(row, kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
-  job.kept[row] = kept;
+  const T slope = shape.regularizes(row, l.kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
+  job.kept[row] = l.kept;
   job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
   job.entropy[row] = sign_entropy(r.entropy, slope);
 }

@@ -174,7 +174,7 @@ NAN_OF_ALL_BITS = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float
 
 
 def gradient_of_fixed_logits():
-    """A digest of a bfloat16 gradient, from exact inputs; one row is NaN."""
+    """A digest of bfloat16 gradients, of a backward and made with a loss, from exact inputs; one row of each is NaN."""
     logits = ((torch.arange(64 * 1000) * 7919 % 1001 - 500) / 64).view(64, 1000).bfloat16()
     labels, lam = torch.arange(64) * 15, torch.arange(64) / 64
     _, entropy, lse = ops.ce_entropy(logits, labels, labels.flip(0), lam)
@@ -182,7 +182,12 @@ def gradient_of_fixed_logits():
     grad_ce[5] = NAN_OF_ALL_BITS
     dz = ops.ce_entropy_backward(grad_ce, -lam, None, logits, entropy, lse, labels, labels.flip(0), lam)
     assert dz[5].isnan().all() and dz.isnan().sum() == 1000
-    return hashlib.sha256(dz.nan_to_num().view(torch.int16).numpy().tobytes()).hexdigest()
+    lam[7] = NAN_OF_ALL_BITS
+    scalars = (torch.tensor(0.7), torch.tensor(0.3), 40, 24, 0, 0.5, False)
+    _, _, whole = ops.mixupe_loss_with_gradient(logits, labels, labels.flip(0), lam, *scalars)
+    assert whole[7].isnan().all() and whole.isnan().sum() == 1000
+    gradients = torch.cat([dz, whole]).nan_to_num()
+    return hashlib.sha256(gradients.view(torch.int16).numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.skipif("cpp" not in mk.available_backends(), reason="the compiled backend is not built")
