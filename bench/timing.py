@@ -1,9 +1,10 @@
 """Timing on a machine that is shared and noisy: contenders take turns, and only ratios within a turn are compared."""
 
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -18,10 +19,18 @@ class Ratio(NamedTuple):
     high: float
 
 
+def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The order of each round, the same in every run: drawn anew, so that no contender always follows the same other one,
+    which made of two that do the same work one 2 % slower."""
+    source = random.Random(0)
+    for _ in range(rounds):
+        yield source.sample(names, len(names))
+
+
 def interleave(
     contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, min_seconds: float = 2e-3
 ) -> dict[str, list[float]]:
-    """Seconds a call of each contender takes, one figure a round; the order turns by one each round.
+    """Seconds a call of each contender takes, one figure a round.
 
     A round repeats each contender until ``min_seconds`` have passed, so that the clock's grain does not show. A short
     call opens its turn untimed: the contender before it has left the caches and the heap in its own state, which made a
@@ -36,8 +45,8 @@ def interleave(
         contenders[name]()
         repeats[name] = max(1, round(min_seconds / max(time.perf_counter() - begin, 1e-9)))
     times = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for order in orders(names, rounds):
+        for name in order:
             call, count = contenders[name], repeats[name]
             if count > 1:
                 call()
@@ -198,7 +207,7 @@ def interleave_on_device(
     failed: Callable[[str, Exception], None],
     min_seconds: float = 4e-3,
 ) -> dict[str, Figures]:
-    """The three figures of each contender; the order turns by one each round.
+    """The three figures of each contender.
 
     A contender whose calls cannot be captured in a graph is reported to ``failed`` and has no kernel figure; the rest
     of its figures stand.
@@ -214,8 +223,8 @@ def interleave_on_device(
         except Exception as error:  # whatever a library's capture raises
             failed(name, error)
     names = list(contenders)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for order in orders(names, rounds):
+        for name in order:
             calls, context = contenders[name]
             row = [calls[index % len(calls)] for index in range(timer.stream_calls)]
             with context():

@@ -124,10 +124,12 @@ def test_bars(bar, row, measured, met):
 
 def test_interleave_takes_turns():
     called = []
-    contenders = {name: lambda name=name: called.append(name) for name in "ab"}
-    times = timing.interleave(contenders, rounds=4, warmup=0, min_seconds=0)
-    assert [len(values) for values in times.values()] == [4, 4]
-    assert called[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    contenders = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = timing.interleave(contenders, rounds=40, warmup=0, min_seconds=0)
+    assert [len(values) for values in times.values()] == [40] * 3
+    rounds = ["".join(called[start : start + 3]) for start in range(3, len(called), 3)]
+    assert len(rounds) == 40 and set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert [order for order in timing.orders(["a", "b", "c"], 40)] == [list(order) for order in rounds]
     assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median == 2
 
 
