@@ -161,7 +161,7 @@ def _loss(
         _check_inplace(logits)
         return ops.call(_InplaceLoss.apply, rows, *arguments)
     if _wants_gradient_now(rows):
-        return ops.call(ops.MixupELossWithGradient.apply, rows, arguments)[:2]
+        return ops.call(ops.MixupELossWithGradient.apply, rows, arguments)
     return ops.call(ops.mixupe_loss_op, rows, *arguments)[:2]
 
 

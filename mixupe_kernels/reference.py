@@ -396,6 +396,7 @@ def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
 def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Callable:
     """A backend's ``mixupe_loss_with_gradient``, made of its two operators."""
 
+    @torch.no_grad()
     def mixupe_loss_with_gradient(
         logits: Tensor,
         target: Tensor,

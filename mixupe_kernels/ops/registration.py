@@ -62,6 +62,12 @@ def differentiable(function: type[torch.autograd.Function]) -> type[torch.autogr
     return function
 
 
+def detached(operator: Callable) -> Callable:
+    """Let autograd pass ``operator`` by: its kernels give results without a gradient, whatever its arguments."""
+    library.impl(operator._schema.name.split("::")[1], torch.library.fallthrough_kernel, "Autograd")
+    return operator
+
+
 def below_autograd(operator: Callable, args: tuple) -> Any:
     """The operator's kernel itself, for use inside its ``torch.autograd.Function``."""
     with torch._C._AutoDispatchBelowAutograd():
