@@ -90,6 +90,7 @@ def cases() -> list[Case]:
         *(Case("mix", kind, dtype, short[-1]) for kind in ("random", "flip") for dtype in ("float16", "float64")),
         *(Case("mix", "random", "float64", shape) for shape in short[:1]),
         *(Case("mix", kind, "uint8", pictures) for kind in ("random", "flip", "channels_last", "to_channels_last")),
+        *(Case("mixed_target", kind, "float32", (256,)) for kind in ("random", "flip")),
         *(Case("mix_backward", "random", dtype, pictures) for dtype in both),
         *(Case("mix_backward", "random", "bfloat16", shape) for shape in short),
         *(Case("mix_backward", "random", "float64", shape) for shape in (short[0], short[-1])),
@@ -129,6 +130,11 @@ def _mix(case: Case) -> None:
     KERNELS["mix"](x, partner, lam, None, normalise, normalise, out_dtype, out_layout)
 
 
+def _mixed_target(case: Case) -> None:
+    labels, lam = torch.empty(case.shape, dtype=torch.int64), torch.empty((), dtype=getattr(torch, case.dtype))
+    KERNELS["mixed_target"](labels, None if case.kind == "flip" else labels, lam, labels, case.shape[0] // 2)
+
+
 def _mix_backward(case: Case) -> None:
     n, grad = case.shape[0], torch.empty(case.shape, dtype=getattr(torch, case.dtype))
     index, weight = torch.empty(2 * n, dtype=torch.int64), torch.empty(2 * n, dtype=accumulate_dtype(grad.dtype))
@@ -140,6 +146,7 @@ CALLS: dict[str, Callable[[Case], None]] = {
     "mixupe_loss": _mixupe_loss,
     "ce_entropy": _ce_entropy,
     "mix": _mix,
+    "mixed_target": _mixed_target,
     "mix_backward": _mix_backward,
 }
 

@@ -115,6 +115,11 @@ void parallel_rows(int64_t rows, int64_t elements_per_row, const F& body) {
   torch::stable::parallel_for(0, rows, grain > 0 ? grain : 1, body);
 }
 
+inline void check_rows(const char* name, const Vector<int64_t>& rows, int64_t count, int64_t batch) {
+  for (int64_t i = 0; rows && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= batch) fail(name, " must be in [0, ", batch - 1, "], got ", rows[i]);
+}
+
 // Calls f with a value of the C++ type that a floating dtype names.
 template <typename F>
 void with_float_type(ScalarType dtype, const F& f) {

@@ -262,11 +262,6 @@ void flip_rows(const MixJob<In>& job, const Tiling& tiling, int64_t begin, int64
   if (job.stream) finish_streaming();
 }
 
-void check_rows(const char* name, const Vector<int64_t>& rows, int64_t count, int64_t batch) {
-  for (int64_t i = 0; rows && i < count; ++i)
-    if (rows[i] < 0 || rows[i] >= batch) fail(name, " must be in [0, ", batch - 1, "], got ", rows[i]);
-}
-
 template <typename T>
 void check_weights(const Vector<T>& lam, int64_t count) {
   for (int64_t i = 0; i < (lam.stride ? count : std::min<int64_t>(count, 1)); ++i)

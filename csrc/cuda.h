@@ -66,6 +66,11 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+__device__ __forceinline__ int64_t checked_row(int64_t row, int64_t rows) {
+  assert(row >= 0 && row < rows && "partner, rows and index must be rows of the tensor they point into");
+  return row;
+}
+
 // Rows as packs: the values of one 16-byte access
 
 constexpr int vector_bytes = 16;

@@ -117,11 +117,6 @@ __device__ __forceinline__ T checked_weight(const Vector<T>& lam, int64_t row) {
   return weight;
 }
 
-__device__ __forceinline__ int64_t checked_row(int64_t row, int64_t rows) {
-  assert(row >= 0 && row < rows && "partner, rows and index must be rows of the tensor they point into");
-  return row;
-}
-
 // A weight of 1 or 0 copies exactly, whatever the other sample holds.
 template <int count, typename T>
 __device__ __forceinline__ void blend(const T (&own)[count], const T (&other)[count], T lam, T (&out)[count]) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, cutmix, inputs, ops, reference
-from .constants import sequence
+from .constants import constant, sequence
 from .drawing import Draw, Drawing, Layout, one, plain_draw
 from .target import MixedTarget, check_ids, check_labels, mix_labels
 
@@ -303,17 +303,18 @@ class MixupE(Mixup):
 
     def _layout(self, batch: int, device: torch.device) -> Layout:
         if self.steps % self.interval:
-            return Layout(None, None, 0, 0.0)
+            return Layout(None, batch, 0, 0.0)
         weight = self._reg_weight.get(device)
         if weight is None:
             value = self.lam_distribution.expected_a_lambda * self.interval * self._reg_factor
             weight = self._reg_weight[device] = torch.full((), value, device=device)
         if self.regularize == "mixed":
-            return Layout(None, None, batch, weight)
+            return Layout(None, batch, batch, weight)
         count = self.num_clean(batch)
         if count == batch:
-            return Layout(None, sequence(batch, device), count, weight)
+            twice = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
+            return Layout(twice, batch, batch, weight)
         order = torch.randperm(batch, generator=self.generator, device=device)
         if self.split:
-            return Layout(order[: batch - count], order[batch - count :], count, weight, order)
-        return Layout(None, order[:count], count, weight)
+            return Layout(order, batch - count, count, weight)
+        return Layout(torch.cat([sequence(batch, device), order[:count]]), batch, count, weight)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cutmix, sampling
+from . import checks, cutmix, ops, sampling
 from . import pairing as pairings
 from .constants import constant, sequence
 from .schedule import LinearRamp
@@ -37,14 +37,13 @@ class Draw(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which samples become mixed rows (None: all) and which clean rows (None: none); the rows and weight of R; the
-    mixed rows and then the clean ones, where they are one tensor already."""
+    """Which samples become rows, (N,) int64, first ``num_mixed`` mixed ones and then clean ones; None for all of them mixed,
+    in their order. The rows and weight of R."""
 
-    mixed: Tensor | None
-    clean: Tensor | None
+    rows: Tensor | None
+    num_mixed: int
     num_reg: int
     reg_weight: Tensor | float
-    rows: Tensor | None = None
 
 
 def one(device: torch.device) -> Tensor:
@@ -56,16 +55,6 @@ def plain_draw(labels: Tensor, **_) -> Draw:
     batch, device = labels.shape[0], labels.device
     target = MixedTarget(labels, labels, torch.ones(batch, device=device), batch, 0, 0.0)
     return Draw(None, one(device), target, plain=True)
-
-
-def _with_clean(lam: Tensor, num_mixed: int, num_clean: int) -> Tensor:
-    """λ of all rows, (num_mixed + num_clean,), 1 for the clean ones."""
-    device = lam.device
-    if lam.dim():
-        return torch.cat([lam, constant(("ones", num_clean, device), lambda: torch.ones(num_clean, device=device))])
-    rows = num_mixed + num_clean
-    mixed = constant(("mixed", num_mixed, rows, device), lambda: torch.arange(rows, device=device) < num_mixed)
-    return torch.where(mixed, lam, one(device))
 
 
 class Drawing:
@@ -182,33 +171,30 @@ class Drawing:
         box = None
         if self.cutmix is not None:
             lam, pixel_lam, box = self._draw_box(lam, image_size)
-        mixed, clean, num_reg, reg_weight, rows = self._layout(batch, device)
-        if clean is None and box is None and self._pair is pairings.flip:
+        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device)
+        flipped = self._pair is pairings.flip
+        if rows is None and box is None and flipped:
             target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
             return Draw(None, pixel_lam, target)
-        partner = self._pair(batch, self.generator, device, labels, ids)
-        if clean is None:
+        if rows is None:
+            partner = self._pair(batch, self.generator, device, labels, ids)
             target = MixedTarget(labels, labels.index_select(0, partner), lam.expand(batch), batch, num_reg, reg_weight)
             return Draw(partner, pixel_lam, target, box=box)
-        if mixed is None and clean.shape[0] == batch:
-            rows = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
-            own = torch.cat([labels, labels])
+        pairs = None if flipped else self._pair(batch, self.generator, device, labels, ids)
+        soft = labels.dim() > 1
+        samples = sequence(batch, device) if soft else labels
+        all_lam, partner, own, other = ops.call(ops.mixed_target_op, samples, pairs, lam, rows, num_mixed)
+        if soft:
+            own, other = labels.index_select(0, own), labels.index_select(0, other)
+        if pixel_lam is lam:
+            pixel_lam = all_lam
         else:
-            if mixed is None:
-                rows = torch.cat([sequence(batch, device), clean])
-            else:
-                partner = partner.index_select(0, mixed)
-                lam, pixel_lam = (value[mixed] if value.dim() else value for value in (lam, pixel_lam))
-            own = labels.index_select(0, rows)
-        num_mixed, num_clean = partner.shape[0], clean.shape[0]
-        partner = torch.cat([partner, clean])
-        all_lam = _with_clean(lam, num_mixed, num_clean)
-        pixel_lam = all_lam if pixel_lam is lam else _with_clean(pixel_lam, num_mixed, num_clean)
-        target = MixedTarget(own, labels.index_select(0, partner), all_lam, num_mixed, num_reg, reg_weight)
+            pixel_lam, *_ = ops.call(ops.mixed_target_op, samples, pairs, pixel_lam, rows, num_mixed)
+        target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
         return Draw(partner, pixel_lam, target, rows=rows, box=box)
 
     def _layout(self, batch: int, device: torch.device) -> Layout:
-        return Layout(None, None, 0, 0.0)
+        return Layout(None, batch, 0, 0.0)
 
     def _draw_lam(self, batch: int, device: torch.device) -> Tensor:
         size = (batch,) if self.per_sample else ()
@@ -239,14 +225,14 @@ class Drawing:
         weights = self._draw_lam(batch, device).expand(batch, terms)
         others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
         index = torch.stack([sequence(batch, device), *others], 1)
-        mixed, clean, num_reg, reg_weight, _ = self._layout(batch, device)
-        if mixed is not None:
+        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device)
+        if rows is not None:
+            mixed, clean = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]
-        num_mixed = index.shape[0]
         dense = (weights.unsqueeze(-1) * soft[index]).sum(1)
         weights, index = weights.reshape(-1), index.reshape(-1)
         offsets = sequence(num_mixed + 1, device) * terms
-        if clean is not None:
+        if rows is not None:
             dense = torch.cat([dense, soft[clean]])
             index = torch.cat([index, clean])
             weights = torch.cat([weights, torch.ones(clean.shape[0], device=device)])

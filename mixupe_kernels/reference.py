@@ -100,6 +100,23 @@ def mix_out(
     out.copy_(mix(x, partner, lam, rows, scale, shift, out.dtype))
 
 
+def mixed_target(
+    labels: Tensor, partner: Tensor | None, lam: Tensor, rows: Tensor, num_mixed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """λ, partners, labels and partners' labels, (N,) each, of the ``rows`` (N,) taken from a batch of B samples.
+
+    ``labels`` and ``partner`` (B,), ``lam`` 0-d or (B,) are the samples'. The rows from ``num_mixed`` on are clean: a clean
+    row is its own partner, with λ = 1.
+    """
+    check_range("rows", rows, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
+    if partner is not None:
+        check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
+        partner = partner[rows]
+    clean = torch.arange(rows.shape[0], device=rows.device) >= num_mixed
+    partner = torch.where(clean, rows, _partner_of(labels, partner, rows))
+    return torch.where(clean, 1.0, lam[rows] if lam.dim() else lam), partner, labels[rows], labels[partner]
+
+
 # Mixing is linear, so its backward is a weighted sum of rows again. gather_sum and row_dot are closed under
 # differentiation: the gradient of each is made of the two.
 

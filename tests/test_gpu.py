@@ -31,6 +31,8 @@ from .test_ops import (  # noqa: F401, collected here with this module's fixture
     test_linear_detached_has_the_gradient_of_cross_entropy,
     test_mix,
     test_mix_normalises_and_casts,
+    test_mixed_target,
+    test_mixed_target_gives_lam_its_gradient,
     test_mixupe_loss,
     test_mixupe_loss_layouts,
     test_mixupe_loss_shapes_and_options,

@@ -375,6 +375,23 @@ def test_a_sample_of_weight_zero_is_not_read():
     assert torch.equal(KERNELS["mix"](x, None, torch.tensor([1.0, 1, 0, 0])), x[[0, 1, 1, 0]])
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(), (5,)], ids=str)
+def test_mixed_target(size, flip):
+    labels, partner, lam = torch.randint(9, (5,)), None if flip else torch.randint(5, (5,)), torch.rand(size)
+    for rows, num_mixed in ((torch.randperm(5), 3), (torch.randint(5, (300,)), 299), (torch.arange(0), 0)):
+        arguments = (labels, partner, lam, rows, num_mixed)
+        actual, expected = KERNELS["mixed_target"](*arguments), reference.mixed_target(*arguments)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_mixed_target_of_rows_out_of_range_has_a_lam_of_nan():
+    labels, lam = torch.arange(3), torch.rand(3)
+    for rows, partner in (([0, 3, 2, -1], [0, 1, 2]), ([0, 1, 2, 1], [0, 5, 2])):
+        own_lam, *_ = KERNELS["mixed_target"](labels, torch.tensor(partner), lam, torch.tensor(rows), 4)
+        assert own_lam.isnan().tolist() == [False, True, False, True]
+
+
 def test_values_out_of_range_make_their_sample_nan():
     x, index = torch.randn(3, 50), torch.tensor([1, 0, 2])
     for bad in (-1, 3, 1 << 40):

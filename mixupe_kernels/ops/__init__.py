@@ -16,7 +16,7 @@ from .losses import (
     mixupe_loss_backward_out_op,
     mixupe_loss_op,
 )
-from .mixing import gather_sum_op, mix, mix_op, mix_out_op
+from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
 from .registration import below_autograd, call, operators
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "mix",
     "mix_op",
     "mix_out_op",
+    "mixed_target_op",
     "mixupe_loss_backward_out_op",
     "mixupe_loss_op",
     "operators",

@@ -145,6 +145,39 @@ class _Mix(torch.autograd.Function):
         return dx, None, dlam, None, None, None, None, None
 
 
+# mixed_target: what a batch's draw comes to, row by row ---------------------------------------------------------------
+
+mixed_target_op = define(
+    "mixed_target(Tensor labels, Tensor? partner, Tensor lam, Tensor rows, int num_mixed) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    lambda labels, partner, lam, rows, num_mixed: (
+        lam.new_empty(rows.shape),
+        *(labels.new_empty(rows.shape) for _ in range(3)),
+    ),
+)
+
+
+@differentiable
+class _MixedTarget(torch.autograd.Function):
+    operator = mixed_target_op
+
+    @staticmethod
+    def forward(ctx, labels, partner, lam, rows, num_mixed):
+        ctx.save_for_backward(rows)
+        ctx.lam_shape, ctx.num_mixed = lam.shape, num_mixed
+        return below_autograd(mixed_target_op, (labels, partner, lam, rows, num_mixed))
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        grad = grad[: ctx.num_mixed]
+        if ctx.lam_shape:
+            order, offsets = _transpose(ctx.saved_tensors[0][: ctx.num_mixed], ctx.lam_shape[0])
+            dlam = call(gather_sum_op, grad, order, torch.ones_like(grad), offsets)
+        else:
+            dlam = grad.sum()
+        return None, None, dlam, None, None
+
+
 # gather_sum and row_dot: what gradients of mixing are made of, and mixing of more than two samples --------------------
 
 gather_sum_op = define(

@@ -12,6 +12,7 @@ from . import backward, forward, mix, sums
 KERNELS: dict[str, Callable] = {
     "mix": mix.mix,
     "mix_out": mix.mix_out,
+    "mixed_target": mix.mixed_target,
     "gather_sum": sums.gather_sum,
     "row_dot": sums.row_dot,
     "ce_entropy": forward.ce_entropy,

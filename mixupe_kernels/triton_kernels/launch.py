@@ -7,7 +7,7 @@ neighbours once per key on the device at hand and prints the choice; another til
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -132,10 +132,15 @@ def neighbours(tile: Tile, looped: bool) -> Iterator[Tile]:
         yield from (tile._replace(stages=stages) for stages in STAGES if stages != tile.stages)
 
 
+def device_of(like: Tensor) -> AbstractContextManager:
+    """What a launch has to run in: the device of ``like`` as the current one."""
+    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+
+
 def launch_tiled(family: str, like: Tensor, length: int, run: Callable[[Tile], None], repeatable: bool = True) -> None:
     """``run`` the launch with its tile on the device of ``like``; what is not ``repeatable`` (in place) is never tuned."""
     tile = tile_for(family, like.dtype, length)
-    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+    with device_of(like):
         if repeatable and os.environ.get("MIXUPE_AUTOTUNE") == "1":
             key = (family, like.device, like.dtype, tuple(like.shape), length)
             if key not in _tuned:

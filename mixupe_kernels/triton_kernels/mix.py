@@ -2,7 +2,7 @@
 
 Tiles are launched batch index fastest, so that all samples' first tiles run before their second ones and the partner's
 tile is still in the L2 cache when it is asked for again. A flipped batch needs no cache: ``mix_pairs`` reads samples i
-and B - 1 - i once and writes both, also in place.
+and B - 1 - i once and writes both, also in place. mixed_target: what goes with the rows of a batch, by row.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import row_format
-from .launch import Tile, launch_tiled
+from .launch import Tile, device_of, launch_tiled
 
 
 @triton.jit
@@ -190,3 +190,42 @@ def mix(
     )
     mix_out(x, partner, lam, rows, scale, shift, out=out)
     return out
+
+
+@triton.jit(do_not_specialize=["n", "batch", "num_mixed"])
+def target_rows(
+    own_lam, own_partner, own_label, partner_label, labels, partner, lam, rows,
+    n, batch, num_mixed,
+    LAM_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (⌈n / BLOCK⌉,): the targets of BLOCK rows; λ is NaN where a row or partner is out of range."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask, clean = row < n, row >= num_mixed
+    own = tl.load(rows + row, mask=mask, other=0)
+    readable = mask & (own >= 0) & (own < batch)
+    other = batch - 1 - own if partner is None else tl.load(partner + own, mask=readable, other=-1)
+    other = tl.where(clean, own, other)
+    readable = readable & (other >= 0) & (other < batch)
+    weight = tl.load(lam + own * LAM_STRIDE, mask=readable, other=float("nan"))
+    tl.store(own_partner + row, other, mask=mask)
+    tl.store(own_label + row, tl.load(labels + own, mask=readable, other=0), mask=mask)
+    tl.store(partner_label + row, tl.load(labels + other, mask=readable, other=0), mask=mask)
+    tl.store(own_lam + row, tl.where(clean & readable, 1.0, weight), mask=mask)
+
+
+def mixed_target(
+    labels: Tensor, partner: Tensor | None, lam: Tensor, rows: Tensor, num_mixed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a batch's draw comes to, row by row, in one launch; as ``reference.mixed_target``."""
+    n, block = rows.shape[0], 128
+    own_partner, own_label, partner_label = (torch.empty(n, dtype=torch.int64, device=rows.device) for _ in range(3))
+    own_lam = torch.empty(n, dtype=lam.dtype, device=rows.device)
+    if n:
+        partner = None if partner is None else partner.contiguous()
+        with device_of(rows):
+            target_rows[(triton.cdiv(n, block),)](
+                own_lam, own_partner, own_label, partner_label, labels.contiguous(), partner, lam, rows.contiguous(),
+                n, labels.shape[0], num_mixed,
+                LAM_STRIDE=lam.stride(0) if lam.dim() else 0, BLOCK=block, num_warps=4, num_stages=1,
+            )  # fmt: skip
+    return own_lam, own_partner, own_label, partner_label
