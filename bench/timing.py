@@ -27,34 +27,70 @@ def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
         yield source.sample(names, len(names))
 
 
-def interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, min_seconds: float = 2e-3
-) -> dict[str, list[float]]:
-    """Seconds a call of each contender takes, one figure a round.
+def turns_of(
+    contenders: dict[str, Callable[[], object]], warmup: int, min_seconds: float
+) -> dict[str, Callable[[], float]]:
+    """What takes a turn of each contender and returns the seconds of a call.
 
-    A round repeats each contender until ``min_seconds`` have passed, so that the clock's grain does not show. A short
-    call opens its turn untimed: the contender before it has left the caches and the heap in its own state, which made a
-    0.1 ms call up to three times as slow.
+    A turn repeats it until ``min_seconds`` have passed, so that the clock's grain does not show. Short calls open their turn
+    untimed, a quarter of it: the contender before has left the caches and the heap in its own state, which made a 0.1 ms
+    call up to three times as slow.
     """
-    names = list(contenders)
-    repeats = {}
-    for name in names:
+
+    def prepare(call: Callable[[], object]) -> Callable[[], float]:
         for _ in range(warmup):
-            contenders[name]()
+            call()
         begin = time.perf_counter()
-        contenders[name]()
-        repeats[name] = max(1, round(min_seconds / max(time.perf_counter() - begin, 1e-9)))
-    times = {name: [] for name in names}
-    for order in orders(names, rounds):
-        for name in order:
-            call, count = contenders[name], repeats[name]
-            if count > 1:
+        call()
+        count = max(1, round(min_seconds / max(time.perf_counter() - begin, 1e-9)))
+
+        def turn() -> float:
+            for _ in range((count + 2) // 4):
                 call()
             begin = time.perf_counter()
             for _ in range(count):
                 call()
-            times[name].append((time.perf_counter() - begin) / count)
+            return (time.perf_counter() - begin) / count
+
+        return turn
+
+    return {name: prepare(call) for name, call in contenders.items()}
+
+
+def interleave(
+    contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, min_seconds: float = 2e-3
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender takes, one figure a round."""
+    turns = turns_of(contenders, warmup, min_seconds)
+    times = {name: [] for name in contenders}
+    for order in orders(list(contenders), rounds):
+        for name in order:
+            times[name].append(turns[name]())
     return times
+
+
+class Pairs(NamedTuple):
+    """Seconds a call of a contender takes, one figure a round, and those of the base at the same time."""
+
+    seconds: list[float]
+    base: list[float]
+
+
+def interleave_with(
+    base: str, contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, min_seconds: float = 2e-3
+) -> dict[str, Pairs]:
+    """The figures of each contender but ``base``, which has a turn before and after each turn of another: of these two the
+    mean. For calls so long that the machine's speed changes within a round."""
+    turns = turns_of(contenders, warmup, min_seconds)
+    pairs = {name: Pairs([], []) for name in contenders if name != base}
+    for order in orders(list(pairs), rounds):
+        before = turns[base]()
+        for name in order:
+            pairs[name].seconds.append(turns[name]())
+            after = turns[base]()
+            pairs[name].base.append((before + after) / 2)
+            before = after
+    return pairs
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:
