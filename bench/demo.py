@@ -76,15 +76,16 @@ def train(policy: str, parts: data.Split, classes: int, seed: int, epochs: int) 
 
 
 def step_costs(parts: data.Split, classes: int, rounds: int) -> dict[str, timing.Ratio]:
-    """Time of each policy's step over Mixup's: contenders take turns, each on a model and optimizer of its own."""
+    """Time of each policy's step over Mixup's beside it, each on a model and optimizer of its own."""
     x, labels = parts.x_train[:BATCH], parts.train[:BATCH]
     contenders = {}
     for policy in POLICIES:
         model = models.mlp(x.shape[1], classes)
         step = make_step(policy, model, torch.optim.Adam(model.parameters(), LEARNING_RATE), ALPHA, ETA)
         contenders[policy] = lambda step=step: step(x, labels)
-    times = timing.interleave(contenders, rounds=rounds, warmup=20, min_seconds=5e-3)
-    return {policy: timing.ratio(times[policy], times["mixup"]) for policy in POLICIES}
+    pairs = timing.interleave_with("mixup", contenders, rounds, warmup=20, min_seconds=5e-3)
+    costs = {policy: timing.ratio(*pair) for policy, pair in pairs.items()} | {"mixup": timing.Ratio(1, 1, 1)}
+    return {policy: costs[policy] for policy in POLICIES}
 
 
 def show(console: Console, summaries: list[Summary]) -> None:
