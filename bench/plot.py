@@ -32,7 +32,7 @@ def speedups(directory: Path, caption: str) -> Path:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_xlabel("its time over ours (median of paired ratios, quartiles); black tick: bar to clear")
-    axes.set_title(caption, fontsize=8)
+    figure.suptitle(caption, fontsize=8)
     return _save(figure, directory / "speedups.png")
 
 
@@ -59,7 +59,7 @@ def roofline(directory: Path, caption: str) -> Path:
     axes.set_xlabel("bytes the case must move at least, MB")
     axes.set_ylabel("those bytes over the time taken, GB/s")
     axes.legend(fontsize=7)
-    axes.set_title(caption, fontsize=8)
+    figure.suptitle(caption, fontsize=8)
     return _save(figure, directory / "roofline.png")
 
 

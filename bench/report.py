@@ -28,19 +28,32 @@ def _machine(path: Path) -> str:
     return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}"
 
 
+def _measured(row: dict[str, str] | None) -> str:
+    if row is None or not row["measured"]:
+        return "unmeasured"
+    measured = f"{float(row['measured']):.2f} ×"
+    return measured if row["met"] == "True" else f"**{measured}**"
+
+
 def cpu() -> list[str]:
-    """Speedups of the whole call against each contender, with the bar each has to clear."""
-    rows = _read(RESULTS / "cpu" / "bars.csv")
-    if not rows:
+    """Speedups of the whole call against each contender, with the bar each has to clear: a column for each machine.
+
+    The newest run is in results/cpu; a folder results/cpu-NAME keeps another machine's.
+    """
+    folders = [path.parent for path in sorted(RESULTS.glob("cpu*/bars.csv"))]
+    if not folders:
         return ["Not measured yet."]
+    machines = [{(row["case"], row["against"]): row for row in _read(folder / "bars.csv")} for folder in folders]
     body = []
-    for row in rows:
-        measured = "unmeasured" if not row["measured"] else f"{float(row['measured']):.2f} ×"
-        met = {"True": "met", "False": "**not met**"}.get(row["met"], "–")
-        body.append([row["case"], row["against"], measured, f"{float(row['bar']):g} ×", met])
-    machine = _machine(RESULTS / "cpu" / "results.json")
-    note = f"Their time over ours, medians of interleaved rounds; {machine}. Picture: `bench/results/cpu/`."
-    return [note, "", *_table(["case", "against", "measured", "bar", ""], body)]
+    for (case, against), row in machines[0].items():
+        cells = [_measured(machine.get((case, against))) for machine in machines]
+        body.append([case, against, f"{float(row['bar']):.3g} ×", *cells])
+    names = [_machine(folder / "results.json") for folder in folders]
+    note = (
+        "Their time over ours, medians of interleaved rounds; a figure in bold misses its bar. Machines: "
+        f"{'; '.join(names)}. Pictures: {', '.join(f'`bench/results/{folder.name}/`' for folder in folders)}."
+    )
+    return [note, "", *_table(["case", "against", "bar", *(name.split(",")[0] for name in names)], body)]
 
 
 def _methods_table(rows: list[dict[str, str]]) -> list[str]:
