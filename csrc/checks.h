@@ -66,6 +66,11 @@ inline void require_device(const char* name, const Tensor& tensor, const Tensor&
           " must be on the device of the other arguments");
 }
 
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 // A one-dimensional argument read in place, whatever its stride: 0 for a value shared by all rows.
 template <typename T>
 struct Vector {

@@ -22,11 +22,6 @@ Targets<T> cpu_targets(
   return t;
 }
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 template <typename L>
 void run(const Forward<L>& job, int64_t rows) {
   parallel_rows(rows, job.targets.classes, [&](int64_t begin, int64_t end) { forward_rows(job, begin, end); });

@@ -280,7 +280,7 @@ MixJob<In> mix_job(const MixCall& call, const MixArguments& arguments) {
   using T = Accumulate<In>;
   MixJob<In> job{};
   job.x = static_cast<const In*>(call.x.const_data_ptr());
-  job.out = static_cast<char*>(call.out.mutable_data_ptr());
+  job.out = data<char>(call.out);
   job.out_size = static_cast<int64_t>(call.out.element_size());
   job.x_stride = call.x.stride(0), job.out_stride = call.out.stride(0) * job.out_size;
   job.batch = call.batch, job.count = call.count;
@@ -353,7 +353,7 @@ Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor&
   Tensor out = allocate(src, src.scalar_type(), sizes);
   with_float_type(src.scalar_type(), [&](auto type) {
     using In = decltype(type);
-    const GatherJob<In> job{static_cast<const In*>(src.const_data_ptr()), static_cast<In*>(out.mutable_data_ptr()),
+    const GatherJob<In> job{static_cast<const In*>(src.const_data_ptr()), data<In>(out),
                             src.stride(0), out.stride(0), vector_of<int64_t>("index", index, terms, src),
                             vector_of<int64_t>("offsets", offsets, rows + 1, src),
                             vector_of<Accumulate<In>>("weight", weight, terms, src)};
@@ -428,7 +428,7 @@ Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor&
                         a.stride(0) * a_size, b.stride(0) * b_size, a_size, b_size, sample,
                         block_reader<T>(a.scalar_type()), block_reader<T>(b.scalar_type()),
                         vector_of<int64_t>("a_index", a_index, count, a),
-                        vector_of<int64_t>("b_index", b_index, count, a), static_cast<T*>(out.mutable_data_ptr())};
+                        vector_of<int64_t>("b_index", b_index, count, a), data<T>(out)};
     check_rows("a_index", job.a_index, count, a.size(0));
     check_rows("b_index", job.b_index, count, b.size(0));
     parallel_rows(count, sample, [&](int64_t begin, int64_t end) { dot_rows(job, begin, end); });

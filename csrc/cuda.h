@@ -61,11 +61,6 @@ void with_mixable_type(ScalarType dtype, const F& f) {
   dtype == ScalarType::Byte ? f(uint8_t{}) : with_float_type(dtype, f);
 }
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 __device__ __forceinline__ int64_t checked_row(int64_t row, int64_t rows) {
   assert(row >= 0 && row < rows && "partner, rows and index must be rows of the tensor they point into");
   return row;

@@ -44,12 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
                partner_label = indices();
   const auto run = [&](auto type) {
     using T = decltype(type);
-    const auto out = [](const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); };
     const TargetRows<T> job{
         batch, count, num_mixed,
         vector_of<int64_t>("labels", labels, batch, labels), vector_of<int64_t>("partner", partner, batch, labels),
         vector_of<int64_t>("rows", rows, count, labels), row_weights<T>("lam", lam, batch, labels),
-        static_cast<T*>(own_lam.mutable_data_ptr()), out(own_partner), out(own_label), out(partner_label)};
+        data<T>(own_lam), data<int64_t>(own_partner), data<int64_t>(own_label), data<int64_t>(partner_label)};
     run_target(job, labels);
   };
   lam.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
