@@ -286,13 +286,13 @@ class Bench:
         pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=1, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
         pairs = timing.interleave_with(BASE, calls, rounds, min_seconds=TURN_SECONDS)
-        times = {name: [value / methods[name].steps for value in pair.seconds] for name, pair in pairs.items()}
-        shares = {name: [own / base for own, base in zip(times[name], pairs[name].base, strict=True)] for name in times}
-        times[BASE], shares[BASE] = pairs["Mixup"].base, [1.0] * rounds
+        shares = {name: [own / base for own, base in zip(*pair, strict=True)] for name, pair in pairs.items()}
         rows = []
-        for name in calls:
-            method, seconds = methods[name], times[name]
-            ratio, own = timing.ratio(shares[name], shares[BASE]), timing.ratio(shares[name], shares["Mixup"])
+        for name, pair in pairs.items():
+            method = methods[name]
+            seconds = [value / method.steps for value in pair.seconds]
+            ratio = timing.ratio(seconds, pair.base)
+            own = timing.ratio(shares[name], shares["Mixup"]).median / method.steps
             rows.append(
                 StepRow(
                     self.spec.name,
@@ -302,8 +302,8 @@ class Bench:
                     name,
                     timing.quartiles(seconds)[1],
                     *ratio,
-                    own.median,
-                    max(ratio.median, own.median) <= TARGET_RATIO,
+                    own,
+                    max(ratio.median, own) <= TARGET_RATIO,
                     peaks[name],
                     share,
                     None if method.extra_rows is None else 1 + method.extra_rows * share,

@@ -79,17 +79,18 @@ class Pairs(NamedTuple):
 def interleave_with(
     base: str, contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, min_seconds: float = 2e-3
 ) -> dict[str, Pairs]:
-    """The figures of each contender but ``base``, which has a turn before and after each turn of another: of these two the
-    mean. For calls so long that the machine's speed changes within a round."""
+    """The figures of each contender beside ``base``, which has a turn before and after each turn of another: of these two
+    the mean. Beside itself it has the mean of a round. For calls so long that the machine's speed changes within a round."""
     turns = turns_of(contenders, warmup, min_seconds)
-    pairs = {name: Pairs([], []) for name in contenders if name != base}
-    for order in orders(list(pairs), rounds):
-        before = turns[base]()
+    pairs = {name: Pairs([], []) for name in contenders}
+    for order in orders([name for name in contenders if name != base], rounds):
+        of_base = [turns[base]()]
         for name in order:
             pairs[name].seconds.append(turns[name]())
-            after = turns[base]()
-            pairs[name].base.append((before + after) / 2)
-            before = after
+            of_base.append(turns[base]())
+            pairs[name].base.append(statistics.mean(of_base[-2:]))
+        for figures in pairs[base]:
+            figures.append(statistics.mean(of_base))
     return pairs
 
 

@@ -145,12 +145,13 @@ def test_each_contender_is_timed_between_two_turns_of_the_base(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     pairs = timing.interleave_with("base", {name: contender(name) for name in ("base", "a", "b")}, 20, 0, 0)
-    assert pairs.keys() == {"a", "b"}
+    assert list(pairs) == ["base", "a", "b"]
     rounds = ["".join(called[start : start + 5]) for start in range(3, len(called), 5)]
     assert set(rounds) == {"baseabasebbase", "basebbaseabase"} and len(rounds) == 20
     first = rounds[0][4]
     assert pairs[first].base[0] == (4 + 6) / 2 and pairs[first].seconds == [1] * 20
     assert pairs["ab".replace(first, "")].base[0] == (6 + 8) / 2
+    assert pairs["base"].seconds == pairs["base"].base and pairs["base"].base[0] == (4 + 6 + 8) / 3
 
 
 def test_what_cannot_be_captured_still_has_the_other_figures():
