@@ -735,3 +735,14 @@ def test_the_fused_loss_refuses_gradients_it_does_not_have():
     eta = torch.tensor(0.3)
     with pytest.raises(RuntimeError, match="differentiable in logits only"):
         ops.mixupe_loss(logits, labels, labels, lam, eta, eta, 2, 2)
+
+
+def test_the_loss_made_with_its_gradient_has_none_to_autograd(backend):
+    logits, labels, lam = (
+        torch.randn(4, 3, requires_grad=True),
+        torch.randint(3, (4,)),
+        torch.rand(4, requires_grad=True),
+    )
+    eta = torch.tensor(0.3)
+    outputs = ops.mixupe_loss_with_gradient(logits, labels, labels, lam, eta, eta, 2, 2)
+    assert not any(output.requires_grad for output in outputs)
