@@ -47,10 +47,19 @@ MIXUPE_FN float widen(Half v) {
 }
 
 // The bits of a value whose upper half is the value rounded to bfloat16: to nearest, ties to even. The carry of a NaN whose
-// low bits are set would make another number of it.
-MIXUPE_FN uint32_t round_bits(float value) {
-  const uint32_t bits = bits_of(value), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded;
+// low bits are set would make another number of it; the short form is for values whose NaN have none, being a bfloat16's or
+// short_nan's (a fifth less time).
+MIXUPE_FN uint32_t round_short_bits(float value) {
+  const uint32_t bits = bits_of(value);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+MIXUPE_FN uint32_t round_bits(float value) { return value != value ? 0x7fc00000u : round_short_bits(value); }
+
+// A NaN of ours for a caller's. Arithmetic hands on a NaN's bits.
+template <typename T>
+MIXUPE_FN T short_nan(T value) {
+  return value != value ? T(NAN) : value;
 }
 
 template <typename Out, typename T>

@@ -1,5 +1,7 @@
 // ce_entropy, mixupe_loss and their backwards on the CPU: the operators, and the loss's few numbers. Rows are in cpu_rows.h.
+#include <cstddef>
 #include <memory>
+#include <vector>
 
 #include "cpu_rows.h"
 
@@ -128,7 +130,8 @@ struct LossOutput {
 template <typename L, typename T>
 void forward_loss(
     const Tensor& logits, const Targets<T>& targets, const Tensor& eta, const Tensor& reg_weight,
-    const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out, T* gradient = nullptr) {
+    const LossShape<T>& shape, bool rescale, bool sigmoid, const LossOutput<T>& out,
+    const WaitingGradient<L>& gradient = {}) {
   const int64_t rows = shape.rows;
   const T eta_value = *scalar_of<T>("eta", eta, logits), weight = *scalar_of<T>("reg_weight", reg_weight, logits);
   const LossSums counts = count_rows(targets, shape);
@@ -157,33 +160,37 @@ void backward_loss(
   run(job, logits.size(0));
 }
 
-// Bytes of a gradient that stays in the last-level cache until it is scaled, and of one that is kept apart until then: that
-// memory stays with the thread, since its page faults would cost more than the exponentials it spares.
-constexpr int64_t cached_gradient = 8 << 20, kept_gradient = 4 << 20;
-
 template <typename L, typename T>
-void scale_gradient(const T* unscaled, T factor, int64_t classes, L* out, int64_t rows) {
+void scale_gradient(const WaitingGradient<L>& gradient, T factor, int64_t classes, int64_t rows) {
   parallel_rows(rows, classes, [=](int64_t begin, int64_t end) {
-    const T* from = unscaled + begin * classes;
+    const auto [out, kept] = gradient.from_row(begin, classes);
     if constexpr (std::is_same_v<L, BFloat16>)
-      bfloat16_rows().scale(from, end - begin, classes, factor, out + begin * classes);
+      bfloat16_rows().scale(kept, end - begin, classes, factor, out);
     else
-      scale_values(from, (end - begin) * classes, factor, out + begin * classes);
+      scale_values(kept, (end - begin) * classes, factor, out);
   });
 }
 
-// Where forward_rows may leave the gradient without η̂: in `out`, apart in the accumulation dtype, or (null) nowhere.
+// Bytes of a gradient that stays in the last-level cache until it is scaled, and of what is kept apart until then: that
+// memory stays with the thread, since its page faults would cost more than the exponentials it spares.
+constexpr int64_t cached_gradient = 8 << 20, most_kept = 4 << 20;
+
+// Where forward_rows may leave the gradient without η̂: nowhere if these targets or this size do not allow it.
 template <typename L, typename T>
-T* unscaled_gradient(const Targets<T>& targets, bool sigmoid, const Tensor& out) {
-  const int64_t size = out.size(0) * out.size(1), bytes = size * int64_t(sizeof(T));
-  if (sigmoid || targets.everywhere() || targets.classes > block_size) return nullptr;
-  if constexpr (std::is_same_v<L, T>) {
-    return bytes <= cached_gradient ? data<T>(out) : nullptr;
+WaitingGradient<L> waiting_gradient(const Targets<T>& targets, bool sigmoid, const Tensor& out) {
+  constexpr bool apart = !std::is_same_v<L, T>;
+  const int64_t size = out.size(0) * kept_length<L>(targets.classes), bytes = size * int64_t(sizeof(T));
+  if (sigmoid || targets.everywhere() || targets.classes > block_size) return {};
+  if (bytes > (apart ? most_kept : cached_gradient)) return {};
+  if constexpr (apart) {
+    struct alignas(64) Line {
+      std::byte bytes[64];
+    };
+    static thread_local std::vector<Line> memory;
+    if (int64_t(memory.size() * sizeof(Line)) < bytes) memory.resize(bytes / sizeof(Line) + 1);
+    return {data<L>(out), reinterpret_cast<T*>(memory.data())};
   } else {
-    static thread_local std::vector<T> kept;
-    if (bytes > kept_gradient) return nullptr;
-    if (int64_t(kept.size()) < size) kept.resize(size);
-    return kept.data();
+    return {data<L>(out), data<T>(out)};
   }
 }
 
@@ -232,13 +239,13 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
     const auto shape = check_loss_shape<T>(logits, num_mixed, num_reg, penalty, threshold);
     const std::unique_ptr<T[]> rows(new T[2 * shape.rows]);
     const LossOutput<T> out{data<T>(loss), data<T>(parts), rows.get(), rows.get() + shape.rows};
-    T* const unscaled = unscaled_gradient<L>(targets, sigmoid, gradient);
-    forward_loss<L>(logits, targets, eta, reg_weight, shape, rescale, sigmoid, out, unscaled);
-    if (!unscaled)
+    const WaitingGradient<L> waiting = waiting_gradient<L>(targets, sigmoid, gradient);
+    forward_loss(logits, targets, eta, reg_weight, shape, rescale, sigmoid, out, waiting);
+    if (!waiting)
       backward_loss<L, T>(logits, targets, 1, {out.parts, 1}, {out.signed_entropy, 1}, {out.lse, 1}, num_mixed, penalty,
                           sigmoid, gradient);
     else if (rescale || !std::is_same_v<L, T>)
-      scale_gradient(unscaled, out.parts[2], targets.classes, data<L>(gradient), shape.rows);
+      scale_gradient(waiting, out.parts[2], targets.classes, shape.rows);
   });
   return {loss, parts, gradient};
 }

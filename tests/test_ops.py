@@ -186,6 +186,8 @@ def gradient_of_fixed_logits():
     scalars = (torch.tensor(0.7), torch.tensor(0.3), 40, 24, 0, 0.5, False)
     _, _, whole = ops.mixupe_loss_with_gradient(logits, labels, labels.flip(0), lam, *scalars)
     assert whole[7].isnan().all() and whole.isnan().sum() == 1000
+    rescaled = (*scalars[:-1], True)
+    assert ops.mixupe_loss_with_gradient(logits, labels, labels.flip(0), lam, *rescaled)[2].isnan().all()
     gradients = torch.cat([dz, whole]).nan_to_num()
     return hashlib.sha256(gradients.view(torch.int16).numpy().tobytes()).hexdigest()
 
