@@ -282,7 +282,6 @@ class MixupE(Mixup):
         super().set_epoch(epoch)
         factor = 1.0 if self.eta_ramp is None else checks.non_negative("eta_ramp(epoch)", self.eta_ramp(self.epoch))
         self._reg_factor = factor
-        self._reg_weight: dict[torch.device, Tensor] = {}
 
     def num_clean(self, batch: int) -> int:
         """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 where possible."""
@@ -303,11 +302,8 @@ class MixupE(Mixup):
 
     def _layout(self, batch: int, device: torch.device) -> Layout:
         if self.steps % self.interval:
-            return Layout(None, batch, 0, 0.0)
-        weight = self._reg_weight.get(device)
-        if weight is None:
-            value = self.lam_distribution.expected_a_lambda * self.interval * self._reg_factor
-            weight = self._reg_weight[device] = torch.full((), value, device=device)
+            return super()._layout(batch, device)
+        weight = self._reg_weight(self.lam_distribution.expected_a_lambda * self.interval * self._reg_factor, device)
         if self.regularize == "mixed":
             return Layout(None, batch, batch, weight)
         count = self.num_clean(batch)

@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     rows: Tensor | None
     num_mixed: int
     num_reg: int
-    reg_weight: Tensor | float
+    reg_weight: Tensor
 
 
 def one(device: torch.device) -> Tensor:
@@ -114,6 +114,7 @@ class Drawing:
     def set_epoch(self, epoch: float) -> None:
         """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
         self.epoch = checks.non_negative("epoch", epoch)
+        self._reg_weights: dict[tuple[float, torch.device], Tensor] = {}
         alpha = self.alpha(self.epoch) if isinstance(self.alpha, LinearRamp) else self.alpha
         if self.num_samples > 2:
             self.lam_distribution = sampling.Dirichlet(alpha, self.num_samples)
@@ -194,7 +195,15 @@ class Drawing:
         return Draw(partner, pixel_lam, target, rows=rows, box=box)
 
     def _layout(self, batch: int, device: torch.device) -> Layout:
-        return Layout(None, batch, 0, 0.0)
+        return Layout(None, batch, 0, self._reg_weight(0.0, device))
+
+    def _reg_weight(self, value: float, device: torch.device) -> Tensor:
+        """R's weight as the loss takes it, made once an epoch."""
+        weight = self._reg_weights.get((value, device))
+        if weight is None:
+            with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode
+                weight = self._reg_weights[value, device] = torch.full((), value, device=device)
+        return weight
 
     def _draw_lam(self, batch: int, device: torch.device) -> Tensor:
         size = (batch,) if self.per_sample else ()

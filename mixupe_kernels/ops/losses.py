@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, double_backward, reference
-from .registration import below_autograd, call, define, detached, differentiable
+from .registration import Function, below_autograd, call, define, detached, differentiable
 
 
 class CEEntropy(NamedTuple):
@@ -183,7 +183,7 @@ def as_multilabel(target: Target) -> Target:
 
 
 @differentiable
-class _CEEntropy(torch.autograd.Function):
+class _CEEntropy(Function):
     operator = ce_entropy_op
 
     @staticmethod
@@ -210,7 +210,7 @@ class _CEEntropy(torch.autograd.Function):
 
 
 @differentiable
-class _CEEntropyBackward(torch.autograd.Function):
+class _CEEntropyBackward(Function):
     operator = ce_entropy_backward_op
 
     @staticmethod
@@ -267,7 +267,7 @@ def backward_options(num_mixed, num_reg, penalty, threshold, rescale, *tail) -> 
 
 
 @differentiable
-class _MixupELoss(torch.autograd.Function):
+class _MixupELoss(Function):
     operator = mixupe_loss_op
     inputs = ("logits",)
 
@@ -288,7 +288,7 @@ class _MixupELoss(torch.autograd.Function):
         return dlogits, None
 
 
-class MixupELossWithGradient(torch.autograd.Function):
+class MixupELossWithGradient(Function):
     """(loss, parts), with the gradient made in the forward.
 
     The gradient is not a third output: autograd's care for one took 3 of the 84 µs of a forward and backward of 100 rows.
@@ -329,7 +329,7 @@ def _is_one(grad: Tensor) -> bool:
 
 
 @differentiable
-class _MixupELossBackward(torch.autograd.Function):
+class _MixupELossBackward(Function):
     operator = mixupe_loss_backward_op
 
     @staticmethod

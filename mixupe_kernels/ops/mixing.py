@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from .registration import below_autograd, call, define, differentiable
+from .registration import Function, below_autograd, call, define, differentiable
 
 
 def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
@@ -115,7 +115,7 @@ def _per_channel(grad: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @differentiable
-class _Mix(torch.autograd.Function):
+class _Mix(Function):
     operator = mix_op
 
     @staticmethod
@@ -158,7 +158,7 @@ mixed_target_op = define(
 
 
 @differentiable
-class _MixedTarget(torch.autograd.Function):
+class _MixedTarget(Function):
     operator = mixed_target_op
 
     @staticmethod
@@ -191,7 +191,7 @@ row_dot_op = define(
 
 
 @differentiable
-class _GatherSum(torch.autograd.Function):
+class _GatherSum(Function):
     operator = gather_sum_op
 
     @staticmethod
@@ -214,7 +214,7 @@ class _GatherSum(torch.autograd.Function):
 
 
 @differentiable
-class _RowDot(torch.autograd.Function):
+class _RowDot(Function):
     operator = row_dot_op
 
     @staticmethod
