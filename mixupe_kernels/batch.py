@@ -149,10 +149,11 @@ class Mixup(Drawing):
         if x.dim() == 0:
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
         check_labels(labels, x.shape[0], x)
-        check_ids(ids, labels)
+        if ids is not None:
+            check_ids(ids, labels)
         arguments = self.transform.arguments("x", x, True)
         out = self._check_out("out", out, x, arguments)
-        drawn = draw(labels, ids=ids, image_size=self._image_size([x]))
+        drawn = draw(labels, ids=ids, image_size=self._image_size([x]) if self.cutmix else None)
         return write(drawn, x, arguments, out), drawn.target
 
     def _batch_of_several(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
@@ -167,14 +168,15 @@ class Mixup(Drawing):
         batch = labels.shape[0] if labels.dim() else 0
         entries = inputs.entries_to_mix(x, batch, self.keys, self.labels_key)
         check_labels(labels, batch, next(iter(entries.values())))
-        check_ids(ids, labels)
+        if ids is not None:
+            check_ids(ids, labels)
         buffers = inputs.buffers(out, entries)
         prepared = {}
         for key, value in entries.items():
             checks.same_device(f"x[{key!r}]", value, "labels", labels)
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
-        drawn = draw(labels, ids=ids, image_size=self._image_size(entries.values()))
+        drawn = draw(labels, ids=ids, image_size=self._image_size(entries.values()) if self.cutmix else None)
         changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if within:
             changes[self.labels_key] = drawn.target
@@ -204,9 +206,7 @@ class Mixup(Drawing):
         checks.dtype(name, out, checks.LOGITS_DTYPES if self.transform.dtype is None else (dtype,))
         return out
 
-    def _image_size(self, samples) -> tuple[int, int] | None:
-        if self.cutmix is None:
-            return None
+    def _image_size(self, samples) -> tuple[int, int]:
         sizes = {tuple(x.shape[-2:]) if x.dim() >= 3 else () for x in samples}
         if len(sizes) > 1 or () in sizes:
             raise ValueError(

@@ -70,7 +70,8 @@ class ManifoldMixup:
             return self._forward(x), target
         checks.tensor("labels", labels)
         check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
-        check_ids(ids, labels)
+        if ids is not None:
+            check_ids(ids, labels)
         if not self.mixup_fn.transform.is_identity:
             x, _ = self.mixup_fn.plain(x, labels)
         draw = self.mixup_fn.draw(labels, ids=ids)

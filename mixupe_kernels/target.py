@@ -92,13 +92,12 @@ def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
     checks.same_device("labels", labels, "x", like)
 
 
-def check_ids(ids: Tensor | None, labels: Tensor) -> None:
-    """Raise unless ``ids`` are (B,) int64 on the device of the labels, or None."""
-    if ids is not None:
-        checks.tensor("ids", ids)
-        checks.dtype("ids", ids, (torch.int64,))
-        checks.shape("ids", ids, labels.shape[:1])
-        checks.same_device("ids", ids, "labels", labels)
+def check_ids(ids: Tensor, labels: Tensor) -> None:
+    """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
+    checks.tensor("ids", ids)
+    checks.dtype("ids", ids, (torch.int64,))
+    checks.shape("ids", ids, labels.shape[:1])
+    checks.same_device("ids", ids, "labels", labels)
 
 
 def mix_labels(

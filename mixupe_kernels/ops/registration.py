@@ -92,7 +92,9 @@ def call(operator: Callable, *args, **kwargs) -> Any:
     In eager mode the Autograd kernel is called as the Python function it is: the dispatcher would pass every argument
     to C++ and back to get there (a forward and backward of mixupe_loss on 256 rows: 200 µs so, 140 µs directly).
     """
-    kernel = operator if torch.compiler.is_compiling() else _kernels.get(operator, operator)
+    kernel = _kernels.get(operator)
+    if kernel is None or torch.compiler.is_compiling():
+        kernel = operator
     try:
         return kernel(*args, **kwargs)
     except RuntimeError as error:
