@@ -115,7 +115,7 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 class _Options(NamedTuple):
-    """Checked options of the loss; ``operator`` are those that its operators take, but for a penalty that is a function."""
+    """Checked options of the loss; ``operator`` are those its operators take, None where a function is the penalty."""
 
     penalty: str | Callable[[Tensor], Tensor]
     rescale: bool
@@ -123,77 +123,44 @@ class _Options(NamedTuple):
     label_smoothing: float
     sigmoid: bool
     inplace_backward: bool
-    operator: tuple
+    operator: tuple | None
 
     @staticmethod
     def check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward) -> "_Options":
         if inplace_backward and callable(penalty):
             raise ValueError("inplace_backward must be False with a penalty that is a function")
-        number = (
-            -1
-            if callable(penalty)
-            else reference.PENALTIES.index(checks.choice("penalty", penalty, reference.PENALTIES))
-        )
         rescale, threshold = bool(rescale), _check_threshold(threshold)
-        label_smoothing = checks.fraction("label_smoothing", label_smoothing)
+        smoothing = checks.fraction("label_smoothing", label_smoothing)
         sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
-        operator = (number, threshold, rescale, label_smoothing, sigmoid)
-        return _Options(penalty, rescale, threshold, label_smoothing, sigmoid, bool(inplace_backward), operator)
+        operator = None
+        if not callable(penalty):
+            number = reference.PENALTIES.index(checks.choice("penalty", penalty, reference.PENALTIES))
+            operator = (number, threshold, rescale, smoothing, sigmoid)
+        return _Options(penalty, rescale, threshold, smoothing, sigmoid, bool(inplace_backward), operator)
 
 
 def _check_threshold(threshold: float) -> float:
     return checks.number("threshold", threshold, "a number", lambda value: True)
 
 
-def _needs_nothing(logits: Tensor, target: Tensor | tuple) -> bool:
-    """Whether (N, C) logits and a MixedTarget of labels already are what the operators take, with no λ to learn.
-
-    So it is in every step, and to ask it in one function first takes µs of a small model's step that the checks by name,
-    made where the answer is no, would take: with cold caches, 20 of 1400.
-    """
-    if type(target) is not MixedTarget:
-        return False
-    labels, partner, lam, num_mixed, num_reg, weight = target
-    if not (type(logits) is type(labels) is type(partner) is type(lam) is type(weight) is Tensor):
-        return False
-    size = logits.shape
-    return (
-        labels.dtype is partner.dtype is torch.int64
-        and lam.dtype is weight.dtype is torch.float32
-        and logits.dtype in _FLOAT32_LOGITS
-        and len(size) == 2
-        and size[1] > 0
-        and labels.shape == partner.shape == lam.shape == size[:1]
-        and weight.dim() == 0
-        and type(num_mixed) is type(num_reg) is int
-        and 0 <= num_mixed <= size[0]
-        and 0 <= num_reg <= size[0]
-        and labels.device == partner.device == lam.device == weight.device == logits.device
-        and not lam.requires_grad
-        and not weight.requires_grad
-    )
-
-
-# The dtypes of logits whose arithmetic is float32.
-_FLOAT32_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def _loss(
     logits: Tensor, target: Tensor | tuple, eta: Tensor, options: _Options, q: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(loss, parts), by one fused operator, or by the composition where a part of it is the caller's own."""
-    learned_target = False
-    if not options.sigmoid and _needs_nothing(logits, target):
-        rows, parts = logits, ops.Target(*target[:3])
-        num_mixed, num_reg, reg_weight = target[3:]
-    else:
-        rows = ops.as_rows(logits)
-        parts = ops.as_target(target, logits)
-        if options.sigmoid:
-            ops.as_multilabel(parts)
-        num_mixed, num_reg, reg_weight = _count_rows(target, logits)
-        learned_target = parts.target.requires_grad or (parts.lam is not None and parts.lam.requires_grad)
-    if q is not None or callable(options.penalty) or (learned_target and torch.is_grad_enabled()):
+    if q is None and _is_usual(logits, target, options):
+        labels, partner, lam, num_mixed, num_reg, reg_weight = target
+        arguments = (labels, partner, lam, eta, reg_weight, num_mixed, num_reg, *options.operator)
+        try:
+            return ops.MixupELossWithGradient.apply_here(logits, arguments)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # what was wrong with it, or has to be converted, is found below
+    rows = ops.as_rows(logits)
+    parts = ops.as_target(target, logits)
+    if options.sigmoid:
+        ops.as_multilabel(parts)
+    num_mixed, num_reg, reg_weight = _count_rows(target, logits)
+    learned_target = parts.target.requires_grad or (parts.lam is not None and parts.lam.requires_grad)
+    if q is not None or options.operator is None or (learned_target and torch.is_grad_enabled()):
         return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
     arguments = (*parts, eta, reg_weight, num_mixed, num_reg, *options.operator)
     if options.inplace_backward:
@@ -202,6 +169,30 @@ def _loss(
     if _wants_gradient_now(rows):
         return ops.call(ops.MixupELossWithGradient.apply, rows, arguments)
     return ops.call(ops.mixupe_loss_op, rows, *arguments)[:2]
+
+
+def _is_usual(logits: Tensor, target: Tensor | tuple, options: _Options) -> bool:
+    """Whether to try the operator for a loss with its gradient first, and look at the arguments only where it raises.
+
+    The operator checks all of them but those looked at here. In a step of a small model, whose Python code is never in the
+    caches, the checks by name take 2 % of the time.
+    """
+    if type(target) is not MixedTarget or options.operator is None or options.sigmoid or options.inplace_backward:
+        return False
+    labels, _, lam, num_mixed, num_reg, reg_weight = target
+    return (
+        type(labels) is type(lam) is type(reg_weight) is Tensor
+        and type(num_mixed) is type(num_reg) is int
+        and labels.dtype is torch.int64
+        and logits.dim() == 2
+        and lam.shape == labels.shape
+        and reg_weight.dim() == 0
+        and not lam.requires_grad
+        and not reg_weight.requires_grad
+        and _wants_gradient_now(logits)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
+    )
 
 
 # Logits that stay in the last-level cache (bytes) have their gradient made with the loss.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import checks
+
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 PENALTIES = ("abs", "threshold", "linear_detached")
 
@@ -410,6 +412,38 @@ def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
     out.copy_(mixupe_loss_backward(*args, **kwargs))
 
 
+def _check_loss(
+    logits: Tensor,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor,
+    reg_weight: Tensor,
+    num_mixed: int,
+    num_reg: int,
+) -> None:
+    """What compiled operators check of these arguments, too: the loss calls this one before it has looked at them."""
+    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
+    rows, compute = logits.shape[0], accumulate_dtype(logits.dtype)
+    dense = target.dim() == 2
+    for name, value, dtype, shape in (
+        ("target", target, compute if dense else torch.int64, logits.shape if dense else (rows,)),
+        ("partner", partner, torch.int64, (rows,)),
+        ("lam", lam, compute, (rows,)),
+        ("eta", eta, compute, ()),
+        ("reg_weight", reg_weight, compute, ()),
+    ):
+        if value is not None:
+            checks.dtype(name, value, (dtype,))
+            checks.shape(name, value, () if name == "lam" and value.dim() == 0 else shape)
+            checks.same_device(name, value, "logits", logits)
+    for name, count in (("num_mixed", num_mixed), ("num_reg", num_reg)):
+        if not 0 <= count <= rows:
+            raise ValueError(f"{name} must be in [0, {rows}], got {count}")
+
+
 def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Callable:
     """A backend's ``mixupe_loss_with_gradient``, made of its two operators."""
 
@@ -430,6 +464,7 @@ def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Call
         sigmoid: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
+        _check_loss(logits, target, partner, lam, eta, reg_weight, num_mixed, num_reg)
         labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
         loss, parts, *rows = mixupe_loss(
             logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
