@@ -93,7 +93,7 @@ def _adamw(parameters, **options) -> torch.optim.Optimizer:
 
 
 SPECS = (
-    Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 101),
+    Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 201),
     Spec("LeNet 1x160x101", models.lenet, (1, 160, 101), 30, 100, _adam, 9),
     Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 7),
     Spec("PreActResNet-50 3x32x32", models.preact_resnet50, (3, 32, 32), 100, 100, _sgd, 15, True),

@@ -119,10 +119,10 @@ class Transform:
         Raises:
             TypeError, ValueError: if x has another dtype, or not the channels or dimensions the transform is for.
         """
+        if self.mean is self.dtype is self.memory_format is None and x.dtype in checks.LOGITS_DTYPES:
+            return UNCHANGED
         if x.dtype is not torch.uint8:
             checks.dtype(name, x, checks.LOGITS_DTYPES)
-            if self.mean is self.dtype is self.memory_format is None:
-                return UNCHANGED
         if self.memory_format in FORMATS and x.dim() not in FORMATS.values() and normalise:
             raise ValueError(f"{name} must have 4 or 5 dimensions for {self.memory_format}, got {x.dim()}")
         memory_format = self.memory_format if FORMATS.get(self.memory_format, x.dim()) == x.dim() else None

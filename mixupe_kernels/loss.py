@@ -179,9 +179,13 @@ def _is_usual(logits: Tensor, target: Tensor | tuple, options: _Options) -> bool
     """
     if type(target) is not MixedTarget or options.operator is None or options.sigmoid or options.inplace_backward:
         return False
-    labels, _, lam, num_mixed, num_reg, reg_weight = target
+    labels, partner, lam, num_mixed, num_reg, reg_weight = target
     return (
-        type(labels) is type(lam) is type(reg_weight) is Tensor
+        type(labels) is type(partner) is type(lam) is type(reg_weight) is Tensor
+        and labels.is_cpu
+        and partner.is_cpu
+        and lam.is_cpu
+        and reg_weight.is_cpu  # one elsewhere has another kernel
         and type(num_mixed) is type(num_reg) is int
         and labels.dtype is torch.int64
         and logits.dim() == 2

@@ -428,6 +428,8 @@ def _check_loss(
         raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
     rows, compute = logits.shape[0], accumulate_dtype(logits.dtype)
     dense = target.dim() == 2
+    if not dense and (partner is None) != (lam is None):
+        raise ValueError("partner and lam must be given together")
     for name, value, dtype, shape in (
         ("target", target, compute if dense else torch.int64, logits.shape if dense else (rows,)),
         ("partner", partner, torch.int64, (rows,)),

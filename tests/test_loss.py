@@ -121,12 +121,37 @@ def test_sigmoid_refuses_class_indices(target):
         ({"partner_labels": torch.zeros(7, dtype=torch.int64)}, ValueError, "target.partner_labels must have shape"),
         ({"labels": torch.full((8,), 5)}, ValueError, r"target must be a class in \[0, 4\], got 5"),
         ({"lam": [1.0] * 8}, TypeError, "target.lam must be a torch.Tensor, got list"),
+        ({"lam": torch.ones(1)}, ValueError, r"target.lam must have shape \(8,\), got \(1,\)"),
+        ({"partner_labels": None}, TypeError, "target.partner_labels must be a torch.Tensor, got NoneType"),
+        ({"partner_labels": torch.zeros(8)}, TypeError, "target.partner_labels must have dtype int64, got float32"),
+        ({"labels": torch.zeros(8, dtype=torch.int32)}, TypeError, "target.labels must have dtype int64, got int32"),
+        ({"lam": torch.ones(8, device="meta")}, ValueError, "target.lam must be on the device of logits, cpu, got meta"),
+        ({"num_mixed": 9}, ValueError, r"target.num_mixed must be an int in \[0, 8\], got 9"),
+        ({"num_reg": True}, ValueError, r"target.num_reg must be an int in \[0, 8\], got True"),
         ({"reg_weight": -1.0}, ValueError, "target.reg_weight must be a number >= 0, got -1"),
+        ({"reg_weight": torch.ones(1)}, ValueError, r"target.reg_weight must be a number or a 0-d tensor, got shape \(1,\)"),
+        ({"reg_weight": torch.ones((), requires_grad=True)}, ValueError, "target.reg_weight must not require a gradient"),
     ],
-)
-def test_targets_are_checked(target, change, error, message):
+)  # fmt: skip
+@pytest.mark.parametrize("wants_gradient", [False, True])  # with True the operator is tried before anything is checked
+def test_targets_are_checked(backend, target, change, error, message, wants_gradient):
+    logits = torch.randn(8, 5, requires_grad=wants_gradient)
+    target = target._replace(reg_weight=torch.tensor(0.3))
     with pytest.raises(error, match=message):
-        mk.mixupe_loss(torch.randn(8, 5), target._replace(**change), eta=0.1)
+        mk.mixupe_loss(logits, target._replace(**change), eta=0.1)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_targets_are_converted(backend, target, wants_gradient):
+    logits = torch.randn(8, 5, requires_grad=wants_gradient)
+    target = target._replace(reg_weight=torch.tensor(0.3))
+    expected = mk.mixupe_loss(logits, target, eta=0.1)
+    for change in ({"lam": target.lam.double()}, {"reg_weight": target.reg_weight.double()}, {"reg_weight": 0.3}):
+        assert torch.equal(mk.mixupe_loss(logits, target._replace(**change), eta=0.1), expected)
+    dense = target._replace(
+        labels=F.one_hot(target.labels, 5).float(), partner_labels=F.one_hot(target.partner_labels, 5)
+    )
+    torch.testing.assert_close(mk.mixupe_loss(logits, dense, eta=0.1), expected)
 
 
 def loss_of(logits, target):
