@@ -244,14 +244,14 @@ MIXUPE_SIMD void gradient_of_exponentials(
   const int length = static_cast<int>(kept_length<L>(n)), end = static_cast<int>(padded(length));
 #pragma omp simd
   for (int i = 0; i < end; ++i)
-    if (i < length) kept[i] = e[i] * (g.level - g.slope * clamp_exponent(z[i] - g.lse));
+    if (i < length) kept[i] = probability_gradient(e[i], z[i] - g.lse, g.level, g.slope);
   if constexpr (std::is_same_v<L, BFloat16>) {
     // In a loop of their own: one loop for both took 1.6 times as long.
     const int words = n / 2;
     e += end, z += end;
 #pragma omp simd
     for (int i = 0; i < end; ++i)
-      if (i < words) set_word(out, i, bits_of(e[i] * (g.level - g.slope * clamp_exponent(z[i] - g.lse))));
+      if (i < words) set_word(out, i, bits_of(probability_gradient(e[i], z[i] - g.lse, g.level, g.slope)));
   }
 }
 

@@ -141,10 +141,15 @@ MIXUPE_FN T gradient_level(RowGradient<T> g, T target_mass, T entropy) {
   return g.ce * target_mass + g.lse - g.entropy * entropy;
 }
 
+// Its part without labels, of p (or a multiple of p, with level and slope divided by the same).
+template <typename T>
+MIXUPE_FN T probability_gradient(T p, T log_p, T level, T slope) {
+  return p * (level - slope * clamp_exponent(log_p));
+}
+
 template <typename T>
 MIXUPE_FN T softmax_gradient(T z, T lse, T level, T slope) {
-  const T log_p = z - lse;
-  return exp_fast(log_p) * (level - slope * clamp_exponent(log_p));
+  return probability_gradient(exp_fast(z - lse), z - lse, level, slope);
 }
 
 // Sigmoid elements: with e = e^{-|z|}, softplus = max(z, 0) + log1p(e), H = log1p(e) + |z|·e/(1 + e), σ(1-σ) = e/(1 + e)².

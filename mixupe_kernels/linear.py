@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops, reference
-from .loss import ACTIVATIONS, _check_threshold, _count_rows, _scalar
+from .loss import _count_rows, _Options, _scalar
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
 # speed, small beside any model.
@@ -136,21 +136,16 @@ def linear_mixupe_loss(
         checks.shape("bias", bias, (classes,))
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
-    sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
-    smoothing = checks.fraction("label_smoothing", label_smoothing)
-    penalty = checks.choice("penalty", penalty, reference.PENALTIES)
+    penalty = checks.choice("penalty", penalty, reference.PENALTIES)  # no function here
+    options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward=False)
     # An expanded scalar stands for the logits in the checks: their shape, dtype and device, and no memory.
     probe = F.linear(hidden[:0], weight, bias)
     like = probe.new_empty(()).expand(hidden.shape[0], classes)
     rows_target = ops.as_target(target, like)
-    if sigmoid:
+    if options.sigmoid:
         ops.as_multilabel(rows_target)
     num_mixed, num_reg, reg_weight = _count_rows(target, like)
-    options = (
-        num_mixed, num_reg, reference.PENALTIES.index(penalty), _check_threshold(threshold), bool(rescale),
-        smoothing, sigmoid,
-    )  # fmt: skip
     return _LinearLoss.apply(
         hidden, weight, bias, *rows_target, _scalar("eta", eta, like), reg_weight, like.dtype,
-        checks.positive_int("chunk_rows", chunk_rows), options,
+        checks.positive_int("chunk_rows", chunk_rows), (num_mixed, num_reg, *options.operator),
     )[0]  # fmt: skip

@@ -412,20 +412,12 @@ def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
     out.copy_(mixupe_loss_backward(*args, **kwargs))
 
 
-def _check_loss(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-) -> None:
+def _check_loss(logits: Tensor, labels: tuple, weights: tuple[Tensor, Tensor], counts: tuple[int, int]) -> None:
     """What compiled operators check of these arguments, too: the loss calls this one before it has looked at them."""
     checks.dtype("logits", logits, checks.LOGITS_DTYPES)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
+    (target, partner, lam), (eta, reg_weight) = labels, weights
     rows, compute = logits.shape[0], accumulate_dtype(logits.dtype)
     dense = target.dim() == 2
     if not dense and (partner is None) != (lam is None):
@@ -441,7 +433,7 @@ def _check_loss(
             checks.dtype(name, value, (dtype,))
             checks.shape(name, value, () if name == "lam" and value.dim() == 0 else shape)
             checks.same_device(name, value, "logits", logits)
-    for name, count in (("num_mixed", num_mixed), ("num_reg", num_reg)):
+    for name, count in zip(("num_mixed", "num_reg"), counts, strict=True):
         if not 0 <= count <= rows:
             raise ValueError(f"{name} must be in [0, {rows}], got {count}")
 
@@ -466,8 +458,8 @@ def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Call
         sigmoid: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
-        _check_loss(logits, target, partner, lam, eta, reg_weight, num_mixed, num_reg)
         labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
+        _check_loss(logits, labels, (eta, reg_weight), (num_mixed, num_reg))
         loss, parts, *rows = mixupe_loss(
             logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
         )
