@@ -2,38 +2,36 @@
 
 A step is the batch, forward, loss, backward and optimizer, on a batch that lies on the device. All ways take turns round
 by round in one process, each between two turns of eager Mixup, and a ratio is the median of the rounds' ratios to these
-two. Mixup "eager" is timm's: the flip pairing, in place, dense soft targets, ``SoftTargetCrossEntropy``. The 1.3× target
+two. A step's own part, its batch and its loss, is timed without the model too. Mixup "eager" is timm's: the flip pairing, in place, dense soft targets, ``SoftTargetCrossEntropy``. The 1.3× target
 is met where the step costs at most 1.3× of both eager Mixup's and our own, which has every optimization that ours has.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import mixupe_kernels as mk
 from mixupe_kernels import backends
 
 from . import models, results, timing, training_plots
 from .methods import TARGET_RATIO
+from .step_methods import BASE, INTERVAL, Method, make_methods
 
-ALPHA, ETA = 1.0, 1e-3
-INTERVAL = 4
 # Mostly the steady state of training: in turns of 10 ms the first steps after another contender's weighed in.
 TURN_SECONDS = 5e-2
-BASE = "Mixup eager"
 FULL_RUN_ONLY = (
     "MixupE sample 1/4",
     "MixupE sample 1/16",
@@ -41,12 +39,16 @@ FULL_RUN_ONLY = (
     f"MixupE interval {INTERVAL}",
     "MixupE exact q",
 )
+MOST_OWN_ROUNDS = 31
 
 
 @dataclasses.dataclass
 class StepRow:
-    """One way to train one model. ``seconds`` is the median time of a step; ratios have their quartiles.
+    """One way to train one model. ``seconds`` is the median time of a step; ratios have their quartiles and the median's
+    standard error.
 
+    ``own_seconds`` is what the batch, the loss and the loss's backward take without the model, which a way with no more rows
+    than Mixup has in common with it; None in modes other than eager, and where the loss differentiates the model.
     ``peak_bytes`` is what a step holds at most beyond what it starts with. ``share`` is u, the part of a Mixup step that
     grows with the rows: twice the batch costs 1 + u. ``prediction`` is 1 + (extra rows / batch)·u.
     """
@@ -60,15 +62,20 @@ class StepRow:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratio_error: float
     ratio_ours: float
     target_met: bool
+    own_seconds: float | None
     peak_bytes: int
     share: float
     prediction: float | None
 
 
 class Spec(NamedTuple):
-    """A model and how its paper trains it."""
+    """A model and how its paper trains it; how many rounds its ways take turns, and our own Mixup's turns in each.
+
+    That has a bar where its step and eager Mixup's are alike, which one turn a round does not tell apart.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -77,6 +84,7 @@ class Spec(NamedTuple):
     batch: int
     optimizer: Callable[..., torch.optim.Optimizer]
     rounds: int
+    mixup_turns: int = 5
     needs_gpu: bool = False
 
 
@@ -95,110 +103,11 @@ def _adamw(parameters, **options) -> torch.optim.Optimizer:
 SPECS = (
     Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 201),
     Spec("LeNet 1x160x101", models.lenet, (1, 160, 101), 30, 100, _adam, 9),
-    Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 7),
-    Spec("PreActResNet-50 3x32x32", models.preact_resnet50, (3, 32, 32), 100, 100, _sgd, 15, True),
-    Spec("ResNet-50 3x224x224", models.resnet50, (3, 224, 224), 1000, 256, _sgd, 15, True),
-    Spec("ViT-B/16 3x224x224", models.vit_b16, (3, 224, 224), 1000, 256, _adamw, 15, True),
+    Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 7, mixup_turns=15),
+    Spec("PreActResNet-50 3x32x32", models.preact_resnet50, (3, 32, 32), 100, 100, _sgd, 15, needs_gpu=True),
+    Spec("ResNet-50 3x224x224", models.resnet50, (3, 224, 224), 1000, 256, _sgd, 15, needs_gpu=True),
+    Spec("ViT-B/16 3x224x224", models.vit_b16, (3, 224, 224), 1000, 256, _adamw, 15, needs_gpu=True),
 )
-
-
-class Method(NamedTuple):
-    """(x, labels) → what ``objective`` takes, outside of torch.compile; ``objective`` gives the loss.
-
-    ``extra_rows`` are the model's rows beyond the batch, as a share of it; None where 1 + ρu does not apply. A call of the
-    contender makes ``steps`` steps.
-    """
-
-    prepare: Callable[[Tensor, Tensor], tuple]
-    objective: Callable[..., Tensor]
-    extra_rows: float | None
-    steps: int = 1
-
-
-def soft_target_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy with dense targets, as timm's ``SoftTargetCrossEntropy`` has it."""
-    return (-target * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
-
-
-def eager_mixup(model: nn.Module, classes: int) -> Method:
-    """timm's batch mode: λ on the host, x mixed in place with its reverse, one-hot targets mixed."""
-
-    def prepare(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        lam = random.betavariate(ALPHA, ALPHA)
-        flipped = x.flip(0).mul_(1 - lam)
-        x.mul_(lam).add_(flipped)
-        own = F.one_hot(labels, classes).float()
-        return x, own * lam + own.flip(0) * (1 - lam)
-
-    return Method(prepare, lambda x, target: soft_target_cross_entropy(model(x), target), 0.0)
-
-
-def authors_loss(mixed: Tensor, clean: Tensor, labels: Tensor, partner: Tensor, lam: float, weight: float) -> Tensor:
-    """MixupE, eq. 5 and 7-9, in eager PyTorch on the outputs of two calls, with a one-hot target."""
-    mixed, clean = mixed.float(), clean.float()
-    mix_loss = lam * F.cross_entropy(mixed, labels) + (1 - lam) * F.cross_entropy(mixed, labels[partner])
-    q = ((F.one_hot(labels, clean.shape[1]) - clean.softmax(1)) * clean).sum(1)
-    total = mix_loss + ETA * weight * q.abs().mean()
-    return (mix_loss.abs() / total.abs()).detach() * total
-
-
-def authors(model: nn.Module, classes: int) -> Method:
-    """MixupE as its authors run it: a call for the mixed rows, another for the clean ones."""
-    weight = mk.expected_a_lambda(ALPHA)
-
-    def prepare(x: Tensor, labels: Tensor) -> tuple:
-        lam = random.betavariate(ALPHA, ALPHA)
-        partner = torch.randperm(len(x), device=x.device)
-        return lam * x + (1 - lam) * x[partner], x, labels, partner, lam
-
-    def objective(mixed: Tensor, x: Tensor, labels: Tensor, partner: Tensor, lam: float) -> Tensor:
-        return authors_loss(model(mixed), model(x), labels, partner, lam, weight)
-
-    return Method(prepare, objective, 1.0)
-
-
-def ours(model: nn.Module, mixer: mk.Mixup, extra_rows: float, steps: int = 1) -> Method:
-    """A batch of ``mixer`` and the fused loss."""
-    criterion = mk.MixupELoss(ETA)
-    return Method(mixer, lambda x, target: criterion(model(x), target), extra_rows, steps)
-
-
-def exact(model: nn.Module, mean: Tensor) -> Method:
-    """The regularizer without its approximation: a forward-mode derivative at the clean rows (eq. 4)."""
-    mixer, criterion, weight = mk.Mixup(ALPHA, pairing="flip"), mk.MixupELoss(ETA), mk.expected_a_lambda(ALPHA)
-
-    def prepare(x: Tensor, labels: Tensor) -> tuple:
-        mixed, target = mixer(x, labels)
-        return mixed, target._replace(reg_weight=weight), x, labels
-
-    def objective(mixed: Tensor, target: mk.MixedTarget, x: Tensor, labels: Tensor) -> Tensor:
-        return criterion(model(mixed), target, q=mk.exact_q(model, x, labels, mean))
-
-    return Method(prepare, objective, None)
-
-
-def make_methods(model: nn.Module, spec: Spec, batch: int, mean: Tensor) -> dict[str, Method]:
-    """Every way to train, by the name it has in the results; ours pair as eager Mixup does, and mix in place if they can."""
-
-    def mixupe(**options) -> tuple[mk.MixupE, float]:
-        mixer = mk.MixupE(ALPHA, pairing="flip", **options)
-        return mixer, 0.0 if mixer.split or mixer.regularize == "mixed" else mixer.num_clean(batch) / batch
-
-    methods = {
-        BASE: eager_mixup(model, spec.classes),
-        "Mixup": ours(model, mk.Mixup(ALPHA, pairing="flip", inplace=True), 0.0),
-        "MixupE, authors' form": authors(model, spec.classes),
-        "MixupE full": ours(model, *mixupe()),
-    }
-    for part in (4, 8, 16):
-        methods[f"MixupE sample 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part))
-    for part in (4, 8):
-        methods[f"MixupE split 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part, split=True))
-    methods["MixupE mixed"] = ours(model, *mixupe(regularize="mixed", inplace=True))
-    every = mk.MixupE(ALPHA, pairing="flip", interval=INTERVAL)
-    methods[f"MixupE interval {INTERVAL}"] = ours(model, every, 1 / INTERVAL, steps=INTERVAL)
-    methods["MixupE exact q"] = exact(model, mean)
-    return methods
 
 
 def peak_bytes(model: nn.Module, call: Callable[[], object], device: str) -> int:
@@ -214,6 +123,22 @@ def peak_bytes(model: nn.Module, call: Callable[[], object], device: str) -> int
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+class FixedLogits(nn.Module):
+    """In the place of a model: logits that cost nothing, so that all a step does is its own part."""
+
+    def __init__(self, classes: int, dtype: torch.dtype):
+        super().__init__()
+        self.classes, self.dtype, self.by_rows = classes, dtype, {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.by_rows:
+            logits = torch.randn(len(x), self.classes, dtype=self.dtype, device=x.device)
+            self.by_rows[len(x)] = logits.requires_grad_()
+        logits = self.by_rows[len(x)]
+        logits.grad = None
+        return logits
 
 
 class Bench:
@@ -244,7 +169,7 @@ class Bench:
     def contender(self, method: Method, x: Tensor, labels: Tensor) -> Callable[[], None]:
         """``method.steps`` steps, warmed up and compiled or captured as the mode asks. Some mix in the memory of ``x``."""
         objective = torch.compile(method.objective) if self.mode == "compile" else method.objective
-        mixed_precision = torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        mixed_precision = self.mixed_precision()
 
         def call() -> None:
             for _ in range(method.steps):
@@ -258,19 +183,50 @@ class Bench:
         call()
         if self.mode == "graph":
             call = timing.CudaTimer().capture([call], torch.cuda.graph_pool_handle())
+        return self.finished(call)
+
+    def mixed_precision(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def finished(self, call: Callable[[], object]) -> Callable[[], None]:
+        """``call``, and on a GPU the wait for its end."""
         if self.device != "cuda":
             return call
 
-        def finished() -> None:
+        def wait() -> None:
             call()
             torch.cuda.synchronize()
 
-        return finished
+        return wait
+
+    def own_parts(self, mean: Tensor, rounds: int) -> dict[str, float]:
+        """Median seconds of each way's batch, loss and backward of the loss, in eager mode."""
+        if self.mode != "eager":
+            return {}
+        mixed_precision = self.mixed_precision()
+        with mixed_precision, torch.no_grad():
+            logits = self.model(self.x)
+        methods = make_methods(FixedLogits(self.spec.classes, logits.dtype), self.spec.classes, self.batch, mean)
+
+        def part(method: Method) -> None:
+            for _ in range(method.steps):
+                inputs = method.prepare(self.x, self.labels)
+                with mixed_precision:
+                    loss = method.objective(*inputs)
+                loss.backward()
+
+        calls = {
+            name: self.finished(functools.partial(part, method))
+            for name, method in methods.items()
+            if method.extra_rows is not None
+        }
+        times = timing.interleave(calls, rounds, min_seconds=TURN_SECONDS)
+        return {name: statistics.median(seconds) / methods[name].steps for name, seconds in times.items()}
 
     def run(self, rounds: int, quick: bool, missing: Callable[[str, Exception], None]) -> list[StepRow]:
         """Time all contenders; one that raises is reported to ``missing`` and left out."""
         mean = torch.zeros(self.spec.shape, device=self.device)
-        methods = make_methods(self.model, self.spec, self.batch, mean)
+        methods = make_methods(self.model, self.spec.classes, self.batch, mean)
         if quick:
             methods = {name: method for name, method in methods.items() if name not in FULL_RUN_ONLY}
         calls, peaks = {}, {}
@@ -285,7 +241,9 @@ class Bench:
         # On its own, because a step of twice the memory leaves the heap in another state for the one after it.
         pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=1, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
-        pairs = timing.interleave_with(BASE, calls, rounds, min_seconds=TURN_SECONDS)
+        more_turns = {} if quick else {"Mixup": self.spec.mixup_turns}
+        pairs = timing.interleave_with(BASE, calls, rounds, min_seconds=TURN_SECONDS, turns_a_round=more_turns)
+        own_parts = self.own_parts(mean, min(rounds, MOST_OWN_ROUNDS))
         shares = {name: [own / base for own, base in zip(*pair, strict=True)] for name, pair in pairs.items()}
         rows = []
         for name, pair in pairs.items():
@@ -302,8 +260,10 @@ class Bench:
                     name,
                     timing.quartiles(seconds)[1],
                     *ratio,
+                    ratio.standard_error(rounds),
                     own,
                     max(ratio.median, own) <= TARGET_RATIO,
+                    own_parts.get(name),
                     peaks[name],
                     share,
                     None if method.extra_rows is None else 1 + method.extra_rows * share,
@@ -312,17 +272,39 @@ class Bench:
         return rows
 
 
-def bars(rows: list[StepRow]) -> list[tuple[str, str, float, float]]:
-    """(model, what, measured, at most) of each bar this benchmark is held to, on one model and mode."""
+class StepBar(NamedTuple):
+    """A ratio of two ways' times on one model and mode, its standard error where known, and what it may be at most."""
+
+    model: str
+    what: str
+    measured: float
+    error: float | None
+    limit: float
+
+    @property
+    def verdict(self) -> str:
+        """Two standard errors are what a run cannot tell apart."""
+        if self.measured <= self.limit:
+            return "[green]met[/]"
+        return "[yellow]within error[/]" if self.measured - 2 * (self.error or 0) <= self.limit else "[red]not met[/]"
+
+
+def bars(rows: list[StepRow]) -> list[StepBar]:
+    """Each bar this benchmark is held to, on one model and mode."""
     by_name = {row.method: row for row in rows}
     name = f"{rows[0].model}, {rows[0].mode}"
     limits = [("Mixup", 1.0), ("MixupE sample 1/8", TARGET_RATIO), ("MixupE split 1/4", 1.05), ("MixupE split 1/8", 1.05),
               ("MixupE mixed", 1.05)]  # fmt: skip
     found = [
-        (name, f"{method} / Mixup eager", by_name[method].ratio, limit) for method, limit in limits if method in by_name
+        StepBar(name, f"{row.method} / {BASE}", row.ratio, row.ratio_error, limit)
+        for row, limit in ((by_name.get(method), limit) for method, limit in limits)
+        if row
     ]
+    ours, eager = by_name["Mixup"], by_name[BASE]
+    if ours.own_seconds:
+        found.append(StepBar(name, f"own part of Mixup / of {BASE}", ours.own_seconds / eager.own_seconds, None, 1.0))
     full, form = by_name["MixupE full"], by_name["MixupE, authors' form"]
-    return [*found, (name, "MixupE full / authors' form", full.ratio / form.ratio, 1.0)]
+    return [*found, StepBar(name, "MixupE full / authors' form", full.ratio / form.ratio, None, 1.0)]
 
 
 def show(console: Console, rows: list[StepRow]) -> None:
@@ -330,13 +312,15 @@ def show(console: Console, rows: list[StepRow]) -> None:
     first = rows[0]
     title = f"{first.model}, batch {first.batch}, {first.device}, {first.mode}; u = {first.share:.2f}"
     table = Table(title=title, box=box.SIMPLE)
-    for header in ("", "ms", "/ Mixup eager", "quartiles", "/ Mixup", f"≤ {TARGET_RATIO}×", "1 + ρu", "peak MiB"):
+    headers = ("", "ms", "/ Mixup eager", "quartiles", "/ Mixup", f"≤ {TARGET_RATIO}×", "1 + ρu", "own ms", "peak MiB")
+    for header in headers:
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for row in rows:
         table.add_row(
             row.method, f"{1e3 * row.seconds:.2f}", f"{row.ratio:.2f}", f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
             f"{row.ratio_ours:.2f}", "[green]met[/]" if row.target_met else "[red]not met[/]",
-            "" if row.prediction is None else f"{row.prediction:.2f}", f"{row.peak_bytes / 2**20:.1f}",
+            "" if row.prediction is None else f"{row.prediction:.2f}",
+            "" if row.own_seconds is None else f"{1e3 * row.own_seconds:.2f}", f"{row.peak_bytes / 2**20:.1f}",
         )  # fmt: skip
     console.print(table)
 
@@ -366,7 +350,7 @@ def main(arguments: list[str]) -> int:
         keep_memory()
     out = options.out or results.RESULTS / f"step-{options.device}"
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     rows, held = [], []
     for spec in SPECS:
         if options.only not in spec.name or (spec.needs_gpu and options.device == "cpu"):
@@ -388,10 +372,9 @@ def main(arguments: list[str]) -> int:
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     training_plots.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
     table = Table("model", "bar", "measured", "at most", "", title="Bars", box=box.SIMPLE)
-    for model, what, measured, limit in held:
-        table.add_row(
-            model, what, f"{measured:.3f}", f"{limit:g}", "[green]met[/]" if measured <= limit else "[red]not met[/]"
-        )
+    for bar in held:
+        error = "" if bar.error is None else f" ± {bar.error:.3f}"
+        table.add_row(bar.model, bar.what, f"{bar.measured:.3f}{error}", f"{bar.limit:g}", bar.verdict)
     console.print(table)
     lines = [f"{name}: {value}" for name, value in facts.items()]
     console.print("; ".join(lines), soft_wrap=True, highlight=False)

@@ -4,8 +4,9 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ class Ratio(NamedTuple):
     median: float
     low: float
     high: float
+
+    def standard_error(self, count: int) -> float:
+        """That of the median of ``count`` ratios: 1.25·σ/√count with σ = (quartiles' distance)/1.35, for normal ones (McGill,
+        Tukey and Larsen, 1978, p. 16)."""
+        return 1.25 / 1.35 * (self.high - self.low) / count**0.5
 
 
 def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
@@ -77,20 +83,32 @@ class Pairs(NamedTuple):
 
 
 def interleave_with(
-    base: str, contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 1, min_seconds: float = 2e-3
+    base: str,
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    min_seconds: float = 2e-3,
+    turns_a_round: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Pairs]:
     """The figures of each contender beside ``base``, which has a turn before and after each turn of another: of these two
-    the mean. Beside itself it has the mean of a round. For calls so long that the machine's speed changes within a round."""
+    the mean. Beside itself it has the mean of a round. For calls so long that the machine's speed changes within a round.
+
+    A contender has one turn a round, or as many as ``turns_a_round`` says, whose mean is then its figure.
+    """
     turns = turns_of(contenders, warmup, min_seconds)
     pairs = {name: Pairs([], []) for name in contenders}
-    for order in orders([name for name in contenders if name != base], rounds):
+    names = [name for name in contenders if name != base for _ in range(turns_a_round.get(name, 1))]
+    for order in orders(names, rounds):
+        in_round = {name: Pairs([], []) for name in contenders}
         of_base = [turns[base]()]
         for name in order:
-            pairs[name].seconds.append(turns[name]())
+            in_round[name].seconds.append(turns[name]())
             of_base.append(turns[base]())
-            pairs[name].base.append(statistics.mean(of_base[-2:]))
-        for figures in pairs[base]:
-            figures.append(statistics.mean(of_base))
+            in_round[name].base.append(statistics.mean(of_base[-2:]))
+        in_round[base] = Pairs(of_base, of_base)
+        for name, (seconds, base_seconds) in in_round.items():
+            pairs[name].seconds.append(statistics.mean(seconds))
+            pairs[name].base.append(statistics.mean(base_seconds))
     return pairs
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,34 @@ def test_each_contender_is_timed_between_two_turns_of_the_base(monkeypatch):
     assert pairs[first].base[0] == (4 + 6) / 2 and pairs[first].seconds == [1] * 20
     assert pairs["ab".replace(first, "")].base[0] == (6 + 8) / 2
     assert pairs["base"].seconds == pairs["base"].base and pairs["base"].base[0] == (4 + 6 + 8) / 3
+
+
+def test_a_contender_may_have_several_turns_a_round(monkeypatch):
+    called, clock = [], [0.0]
+
+    def contender(name):
+        def call():
+            called.append(name)
+            clock[0] += len(called)
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    contenders = {name: contender(name) for name in ("base", "a", "b")}
+    pairs = timing.interleave_with("base", contenders, 4, 0, 0, turns_a_round={"a": 2})
+    rounds = [called[start : start + 7] for start in range(3, len(called), 7)]
+    assert len(rounds) == 4 and all(sorted(order) == ["a", "a", "b", *["base"] * 4] for order in rounds)
+    # The calls of the first round take 4 to 10 seconds; before them each contender was called once.
+    first = [4 + place for place, name in enumerate(rounds[0]) if name == "a"]
+    assert pairs["a"].seconds[0] == pairs["a"].base[0] == sum(first) / 2
+    assert {len(figures) for pair in pairs.values() for figures in pair} == {4}
+
+
+def test_standard_error_of_a_median_of_normal_values():
+    draws = torch.randn(2000, 101, generator=torch.Generator().manual_seed(0)).tolist()
+    ratios = [timing.ratio(values, [1.0] * 101) for values in draws]
+    spread = statistics.stdev(ratio.median for ratio in ratios)
+    assert statistics.mean(ratio.standard_error(101) for ratio in ratios) == pytest.approx(spread, rel=0.05)
 
 
 def test_what_cannot_be_captured_still_has_the_other_figures():

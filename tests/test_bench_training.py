@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
-from bench import data, demo, ensemble, methods, models, quality, results, step
+from bench import data, demo, ensemble, methods, models, quality, results, step, step_methods
 
 MODELS = {"mlp": 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10, "lenet": 16_321_570, "preact_resnet18": 11_218_340,
           "resnet50": 25_557_032, "vit_b16": 86_567_656}  # fmt: skip
@@ -49,15 +49,15 @@ def test_eager_contenders_compute_what_ours_compute():
     # The same λ and partners go through the eager code and through ours.
     model, x, labels = mlp_and_batch()
     random.seed(3)
-    mixed, dense = step.eager_mixup(model, 4).prepare(x.clone(), labels)
+    mixed, dense = step_methods.eager_mixup(model, 4).prepare(x.clone(), labels)
     random.seed(3)
-    lam = random.betavariate(step.ALPHA, step.ALPHA)
+    lam = random.betavariate(step_methods.ALPHA, step_methods.ALPHA)
     partner = torch.arange(19, -1, -1)
     torch.testing.assert_close(mixed, mk.mix(x, partner, lam))
     rows = torch.full((20,), lam)
     target = mk.MixedTarget(labels, labels[partner], rows, 20, 0, 0.0)
     torch.testing.assert_close(
-        step.soft_target_cross_entropy(model(mixed), dense), mk.mixupe_loss(model(mixed), target, eta=0.0)
+        step_methods.soft_target_cross_entropy(model(mixed), dense), mk.mixupe_loss(model(mixed), target, eta=0.0)
     )
 
 
@@ -65,7 +65,7 @@ def test_authors_form_is_our_full_policy():
     model, x, labels = mlp_and_batch()
     torch.manual_seed(1)
     random.seed(1)
-    method = step.authors(model, 4)
+    method = step_methods.authors(model, 4)
     mixed, clean, _, partner, lam = inputs = method.prepare(x, labels)
     target = mk.MixedTarget(
         torch.cat([labels, labels]),
@@ -73,9 +73,9 @@ def test_authors_form_is_our_full_policy():
         torch.cat([torch.full((20,), lam), torch.ones(20)]),
         20,
         20,
-        mk.expected_a_lambda(step.ALPHA),
+        mk.expected_a_lambda(step_methods.ALPHA),
     )
-    mine = mk.MixupELoss(step.ETA)(model(torch.cat([mixed, clean])), target)
+    mine = mk.MixupELoss(step_methods.ETA)(model(torch.cat([mixed, clean])), target)
     theirs = method.objective(*inputs)
     torch.testing.assert_close(mine, theirs)
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (mine, theirs)]
@@ -89,7 +89,7 @@ def test_step_methods_have_the_rows_they_are_charged_for():
     counted = torch.nn.Sequential(model)
     counted.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     x, labels = torch.randn(100, 64), torch.randint(10, (100,))
-    for name, method in step.make_methods(counted, spec, 100, torch.zeros(64)).items():
+    for name, method in step_methods.make_methods(counted, spec.classes, 100, torch.zeros(64)).items():
         if method.extra_rows is None:
             continue
         seen.clear()
@@ -120,7 +120,33 @@ def test_step_rows_and_bars():
     sample = by_name["MixupE sample 1/8"]
     assert sample.prediction == pytest.approx(1 + 8 / 24 * sample.share)
     assert sample.target_met == (max(sample.ratio, sample.ratio_ours) <= 1.3)
-    assert len(step.bars(rows)) == 5
+    assert sample.own_seconds < sample.seconds and len(step.bars(rows)) == 6
+
+
+def test_own_part_is_the_step_without_its_model():
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.new_zeros(len(x), 10, requires_grad=True)
+
+    bench = step.Bench(step.SPECS[0], 24, "cpu", "eager")
+    bench.model = Watched()
+    own = bench.own_parts(torch.zeros(64), 1)
+    assert seen == [24]  # once, for the dtype of its logits
+    assert set(own) == set(step_methods.make_methods(bench.model, 10, 24, torch.zeros(64))) - {"MixupE exact q"}
+    assert all(0 < seconds < 1e-2 for seconds in own.values())
+    bench.mode = "compile"
+    assert bench.own_parts(torch.zeros(64), 1) == {}
+
+
+@pytest.mark.parametrize(
+    "measured, error, verdict",
+    [(1.0, None, "met"), (1.01, None, "not met"), (1.01, 0.004, "not met"), (1.01, 0.005, "within error")],
+)
+def test_a_bar_missed_by_less_than_two_standard_errors_is_undecided(measured, error, verdict):
+    assert step.StepBar("MLP", "Mixup / Mixup eager", measured, error, 1.0).verdict.split("]")[1][:-2] == verdict
 
 
 ARFF = """% comment
