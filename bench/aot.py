@@ -90,6 +90,7 @@ def cases() -> list[Case]:
         *(Case("mix", kind, dtype, short[-1]) for kind in ("random", "flip") for dtype in ("float16", "float64")),
         *(Case("mix", "random", "float64", shape) for shape in short[:1]),
         *(Case("mix", kind, "uint8", pictures) for kind in ("random", "flip", "channels_last", "to_channels_last")),
+        *(Case("mix", kind, dtype, pictures) for kind in ("cut", "cut_flip") for dtype in (*both, "uint8")),
         *(Case("mixed_target", kind, "float32", (256,)) for kind in ("random", "flip")),
         *(Case("mix_backward", "random", dtype, pictures) for dtype in both),
         *(Case("mix_backward", "random", "bfloat16", shape) for shape in short),
@@ -123,11 +124,12 @@ def _mix(case: Case) -> None:
     dtype = getattr(torch, case.dtype)
     layout = torch.channels_last if case.kind == "channels_last" else torch.contiguous_format
     x, lam = torch.empty(case.shape, dtype=dtype, memory_format=layout), torch.empty((), dtype=accumulate_dtype(dtype))
-    partner = None if case.kind == "flip" else torch.empty(case.shape[0], dtype=torch.int64)
+    partner = None if "flip" in case.kind else torch.empty(case.shape[0], dtype=torch.int64)
+    box = torch.empty(4, dtype=torch.int64) if "cut" in case.kind else None
     normalise = torch.empty(3) if case.dtype == "uint8" else None
     out_dtype = torch.bfloat16 if case.dtype == "uint8" else None
     out_layout = torch.channels_last if case.kind == "to_channels_last" else None
-    KERNELS["mix"](x, partner, lam, None, normalise, normalise, out_dtype, out_layout)
+    KERNELS["mix"](x, partner, lam, None, normalise, normalise, out_dtype, out_layout, box)
 
 
 def _mixed_target(case: Case) -> None:

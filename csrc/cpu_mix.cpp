@@ -175,6 +175,15 @@ class Affine {
   std::vector<T> pattern_;
 };
 
+// How many elements from this one on are inside the box as it is, or outside as it is; at least one.
+int64_t run_length(const Box& box, int64_t line, int64_t column) {
+  const int64_t left = std::max<int64_t>(box.edges[2], 0) * box.pixel;
+  if (box.contains(line, column)) return std::min(box.edges[3] * box.pixel, box.width) - column;
+  const int64_t entered = std::max(column < left ? line : line + 1, box.edges[0]);
+  const bool again = entered < std::min(box.edges[1], box.height);
+  return (again ? entered * box.width + left : box.height * box.width) - (line * box.width + column);
+}
+
 template <typename In>
 struct MixJob {
   using T = Accumulate<In>;
@@ -185,6 +194,7 @@ struct MixJob {
   Vector<int64_t> partner, rows;
   Vector<T> lam;
   Affine<T> affine;
+  Box box;
   int64_t out_size;  // bytes of one element
   WriteBlock<T> write;
   bool stream, direct;  // direct: out holds T and is written in place
@@ -194,8 +204,18 @@ struct MixJob {
   int64_t other(int64_t row) const { return partner ? partner[row] : batch - 1 - own(row); }
   char* out_block(int64_t row, int64_t start) const { return out + row * out_stride + start * out_size; }
 
-  // λ·own + (1 - λ)·other of one block; a sample of weight 0 is not read.
   void combine(int64_t own, int64_t other, T weight, int64_t start, int64_t n, T* block) const {
+    if (!box) return combine_run(own, other, weight, start, n, block);
+    for (int64_t i = 0; i < n;) {
+      const int64_t line = box.line_of(start + i), column = box.column_of(start + i);
+      const int64_t run = std::min(run_length(box, line, column), n - i);
+      combine_run(own, other, box.contains(line, column) ? T(0) : weight, start + i, run, block + i);
+      i += run;
+    }
+  }
+
+  // λ·own + (1 - λ)·other of a block, or of a run of it; a sample of weight 0 is not read.
+  void combine_run(int64_t own, int64_t other, T weight, int64_t start, int64_t n, T* block) const {
     const In *first = x + own * x_stride + start, *second = x + other * x_stride + start;
     if (weight == T(1)) {
       read_block<In>(first, n, block);
@@ -290,6 +310,7 @@ MixJob<In> mix_job(const MixCall& call, const MixArguments& arguments) {
   job.affine = Affine<T>(vector_of<T>("scale", arguments.scale, call.channels, call.x),
                          vector_of<T>("shift", arguments.shift, call.channels, call.x), call.channels,
                          call.channel_stride);
+  job.box = box_of(call, arguments.box);
   check_rows("partner", job.partner, call.count, call.batch);
   check_rows("rows", job.rows, call.count, call.batch);
   check_weights(job.lam, call.count);

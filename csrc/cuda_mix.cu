@@ -108,6 +108,7 @@ struct MixJob {
   Vector<int64_t> partner, rows;
   Vector<T> lam, scale, shift;
   int64_t channels, channel_stride;
+  Box box;
 };
 
 template <typename T>
@@ -117,11 +118,29 @@ __device__ __forceinline__ T checked_weight(const Vector<T>& lam, int64_t row) {
   return weight;
 }
 
-// A weight of 1 or 0 copies exactly, whatever the other sample holds.
-template <int count, typename T>
-__device__ __forceinline__ void blend(const T (&own)[count], const T (&other)[count], T lam, T (&out)[count]) {
+// Which of the elements k, ..., k + count - 1 of a sample are inside the box, a bit each.
+template <int count>
+__device__ __forceinline__ unsigned inside(const Box& box, int64_t k) {
+  if (!box) return 0;
+  unsigned bits = 0;
+  int64_t line = box.line_of(k), column = box.column_of(k);
 #pragma unroll
-  for (int i = 0; i < count; ++i) out[i] = lam == T(1) ? own[i] : lam == T(0) ? other[i] : mix(own[i], other[i], lam);
+  for (int i = 0; i < count; ++i) {
+    bits |= static_cast<unsigned>(box.contains(line, column)) << i;
+    if (++column == box.width) column = 0, line = line + 1 == box.height ? 0 : line + 1;
+  }
+  return bits;
+}
+
+// A weight of 1 or 0 copies exactly, whatever the other sample holds; it is 0 where `cut` has a bit.
+template <int count, typename T>
+__device__ __forceinline__ void blend(
+    const T (&own)[count], const T (&other)[count], T lam, unsigned cut, T (&out)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const T weight = cut >> i & 1 ? T(0) : lam;
+    out[i] = weight == T(1) ? own[i] : weight == T(0) ? other[i] : mix(own[i], other[i], weight);
+  }
 }
 
 // v·scale + shift by the channel of each of the elements k, ..., k + count - 1 of a sample.
@@ -149,9 +168,10 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) mi
   for_each_in_tile<pack>(job.tiling, span, [&](auto count, int64_t k) {
     // A sample of weight 0 is not read.
     T first[count.value] = {}, second[count.value] = {}, mixed[count.value];
+    const unsigned cut = inside<count.value>(job.box, k);
     if (lam != T(0)) load(own + k, first);
-    if (lam != T(1)) load(other + k, second);
-    blend(first, second, lam, mixed);
+    if (lam != T(1) || cut) load(other + k, second);
+    blend(first, second, lam, cut, mixed);
     normalise(job, k, mixed);
     store_output(mixed, job.out, row, k);
   });
@@ -169,13 +189,14 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) fl
   const Span span = span_of_output<pack>(job.out, row, job.sample);
   for_each_in_tile<pack>(job.tiling, span, [&](auto count, int64_t k) {
     T first[count.value], second[count.value], mixed[count.value];
+    const unsigned cut = inside<count.value>(job.box, k);
     load(own + k, first);
     load(other + k, second);
-    blend(first, second, lam, mixed);
+    blend(first, second, lam, cut, mixed);
     normalise(job, k, mixed);
     store_output(mixed, job.out, row, k);
     if (mirror == row) return;
-    blend(second, first, mirror_lam, mixed);
+    blend(second, first, mirror_lam, cut, mixed);
     normalise(job, k, mixed);
     store_output(mixed, job.out, mirror, k);
   });
@@ -200,7 +221,8 @@ void run_mix(const MixCall& call, const MixArguments& arguments) {
         vector_of<T>("scale", arguments.scale, call.channels, call.x),
         vector_of<T>("shift", arguments.shift, call.channels, call.x),
         call.channels,
-        call.channel_stride};
+        call.channel_stride,
+        box_of(call, arguments.box)};
     launch(pairs ? flip_rows<In> : mix_rows<In>, job.tiling.blocks(), job.tiling.threads, call.x, job);
   });
 }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cutmix, inputs, ops, reference
+from . import checks, inputs, ops, reference
 from .constants import constant, sequence
 from .drawing import Draw, Drawing, Layout, one, plain_draw
 from .target import MixedTarget, check_ids, check_labels, mix_labels
@@ -33,13 +33,10 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
         return mixed.contiguous(memory_format=reference.row_format(x))
     lam = draw.lam if draw.lam.dtype is compute else draw.lam.to(compute)
     if out is None:
-        out = ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments)
-    else:
-        rows = draw.target.lam.shape[0]
-        out = out if out.shape[0] == rows else out[:rows]
-        ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, out=out)
-    if draw.box is not None:
-        cutmix.paste_box(out, x, draw.partner[: draw.target.num_mixed], draw.box, arguments)
+        return ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments, draw.box)
+    rows = draw.target.lam.shape[0]
+    out = out if out.shape[0] == rows else out[:rows]
+    ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, draw.box, out=out)
     return out
 
 

@@ -59,6 +59,17 @@ def check_range(name: str, values: Tensor, low, high, expected: str) -> None:
         torch._assert_async(inside)
 
 
+def inside_box(box: Tensor, x: Tensor) -> Tensor:
+    """(H, W) bool: the pixels of ``x`` (..., H, W) within ``box``, (4,) int64 of top, bottom, left and right."""
+    checks.dtype("box", box, (torch.int64,))
+    checks.shape("box", box, (4,))
+    if x.dim() < 3:
+        raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
+    down, across = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+    down = ((down >= box[0]) & (down < box[1])).unsqueeze(1)
+    return down & (across >= box[2]) & (across < box[3])
+
+
 def mix(
     x: Tensor,
     partner: Tensor | None,
@@ -68,10 +79,12 @@ def mix(
     shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    box: Tensor | None = None,
 ) -> Tensor:
     """out_i = λ_i f(x[rows_i]) + (1 - λ_i) f(x[partner_i]) with f(v) = v·scale + shift per channel (dim 1).
 
-    A sample of weight 0 is not read: λ = 1 is an exact copy, whatever the partner holds.
+    A sample of weight 0 is not read: λ = 1 is an exact copy, whatever the partner holds. Inside ``box`` (CutMix, Yun et
+    al., 2019) λ is 0 for every row: (4,) int64 of top, bottom, left and right in the last two dimensions.
     """
     compute = accumulate_dtype(x.dtype)
     rows = _rows_of(x, rows)
@@ -80,6 +93,8 @@ def mix(
     check_range("rows", rows, 0, x.shape[0] - 1, f"in [0, {x.shape[0] - 1}]")
     check_range("lam", lam, 0, 1, "in [0, 1]")
     weight = lam.to(compute).expand(rows.shape[0]).view(-1, *[1] * (x.dim() - 1))
+    if box is not None:
+        weight = torch.where(inside_box(box, x), 0.0, weight)
     own, other = x[rows].to(compute), x[partner].to(compute)
     out = torch.where(weight == 1, own, torch.where(weight == 0, other, weight * own + (1 - weight) * other))
     if scale is not None:
@@ -95,11 +110,12 @@ def mix_out(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    box: Tensor | None = None,
     *,
     out: Tensor,
 ) -> None:
     """``mix`` into a caller's buffer; ``out`` may be ``x`` itself when partner is None (flip)."""
-    out.copy_(mix(x, partner, lam, rows, scale, shift, out.dtype))
+    out.copy_(mix(x, partner, lam, rows, scale, shift, out.dtype, box=box))
 
 
 def mixed_target(

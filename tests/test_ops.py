@@ -420,6 +420,53 @@ def test_mix_normalises_and_casts(backend, source, target, input_format, output_
     assert torch.equal(out, actual)
 
 
+BOXES = {"inside": (2, 5, 1, 4), "all": (0, 9, 0, 7), "a corner": (7, 9, 5, 7), "lines": (3, 4, 0, 7), "empty": (0, 0, 0, 0),
+         "no width": (2, 5, 3, 3), "beyond": (-3, 4, 5, 99)}  # fmt: skip
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 3, 9, 7), (4, 2, 3, 9, 7)], ids=str)
+def test_mix_inside_a_box(backend, shape, dtype, box):
+    x = torch.randint(256, shape).to(dtype)
+    edges, batch = torch.tensor(box), shape[0]
+    normalise = (torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if dtype == torch.uint8 else (None, None)
+    target = torch.float32 if dtype == torch.uint8 else None
+    top, bottom, left, right = (max(edge, 0) for edge in box)
+    formats = {3: [None], 4: [None, torch.channels_last], 5: [None, torch.channels_last_3d]}[len(shape)]
+    for memory_format in formats:
+        images = x if memory_format is None else x.contiguous(memory_format=memory_format)
+        for partner, rows in ((torch.randint(batch, (batch,)), None), (None, None), (None, torch.randperm(batch))):
+            for lam in (torch.rand(batch), torch.ones(())):
+                arguments = (partner, lam.to(compute_dtype(dtype)), rows, *normalise)
+                out = ops.mix(images, *arguments, target, memory_format, edges)
+                expected = ops.mix(images, *arguments, target, memory_format)
+                others = ops.mix(images, partner, 0 * arguments[1], rows, *normalise, target, memory_format)
+                expected[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+                assert torch.equal(out, expected) and out.stride() == expected.stride()
+                given = torch.full_like(out, torch.nan)
+                ops.mix_out(images, *arguments, edges, out=given)
+                assert torch.equal(given, out)
+
+
+def test_a_flip_inside_a_box_may_be_in_place(backend):
+    x, lam, box = torch.randn(5, 2, 9, 7), torch.rand(5), torch.tensor([2, 5, 1, 4])
+    expected = ops.mix(x, None, lam, box=box)
+    ops.mix_out(x, None, lam, None, None, None, box, out=x)
+    assert torch.equal(x, expected)
+
+
+def test_box_must_be_four_edges_of_images(backend):
+    x, partner, lam = torch.randn(4, 6, 6), torch.arange(4), torch.rand(4)
+    for images, box, message in (
+        (x, torch.tensor([0, 1, 2]), r"box must have (shape \(4,\)|4 elements)"),
+        (x, torch.rand(4), "box must (have dtype int64|be Long)"),
+        (x[0, :4], torch.tensor([0, 1, 0, 1]), "box needs x of"),
+    ):
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+            ops.mix(images, partner, lam, box=box)
+
+
 def test_weight_zero_is_not_read(backend):
     x = torch.tensor([[1.0, 2.0], [torch.inf, torch.nan]])
     swap = torch.tensor([1, 0])
@@ -554,6 +601,11 @@ def gradient_cases():
         ),
         "mix, lam each": (lambda x, lam: mk.mix(x, index, lam), doubles(4, 3, 2), lam),
         "mix, flip": (lambda x, lam: mk.mix(x, "flip", lam), doubles(4, 3), lam),
+        "mix, inside a box": (
+            lambda x, lam: ops.mix(x, index, lam, torch.tensor([2, 0, 0, 3]), box=torch.tensor([1, 3, 0, 1])),
+            doubles(4, 1, 3, 2),
+            lam,
+        ),
         "mix, many": (lambda x, w: mk.mix(x, index.view(2, 2)[[0, 1, 1, 0]], w), doubles(4, 3), doubles(4, 2)),
     }
 
@@ -602,6 +654,7 @@ def opcheck_cases():
         ("mix", (x, partner, lam), {}),
         ("mix", (x, None, torch.tensor(0.3)), {}),
         ("mix", (pixels, partner, lam, labels, torch.rand(3), torch.rand(3), torch.float32, torch.channels_last), {}),
+        ("mix", (x, partner, lam, None, None, None, None, None, torch.tensor([0, 2, 1, 4])), {}),
         ("mix_out", (x.detach(), partner, lam), {"out": torch.empty(6, 3, 4, 4)}),
         ("mixed_target", (labels, partner, lam.clone().requires_grad_(), index, 4), {}),
         ("mixed_target", (labels, None, torch.tensor(0.3), labels[:3], 2), {}),
@@ -620,7 +673,7 @@ def opcheck_cases():
     ]
 
 
-@pytest.mark.parametrize("case", range(18))
+@pytest.mark.parametrize("case", range(19))
 def test_opcheck(backend, case):
     name, args, kwargs = opcheck_cases()[case]
     torch.library.opcheck(getattr(ops, name).default, args, kwargs)

@@ -31,6 +31,8 @@ REPRESENTATIVE = [
     Case("mixupe_loss", "dense", "float32", (64, 128256)),
     Case("mix", "random", "uint8", (256, 3, 224, 224)),
     Case("mix", "flip", "bfloat16", (256, 3, 224, 224)),
+    Case("mix", "cut", "bfloat16", (256, 3, 224, 224)),
+    Case("mix", "cut_flip", "bfloat16", (256, 3, 224, 224)),
     Case("mix_backward", "random", "bfloat16", (256, 3, 224, 224)),
 ]
 

@@ -366,6 +366,23 @@ def test_mix_normalises_casts_and_lays_out(layout, memory_format, dtype, out_dty
         assert mixed.is_contiguous(memory_format=memory_format or layout)
 
 
+@pytest.mark.parametrize("box", [(2, 5, 1, 4), (0, 10, 0, 9), (0, 0, 0, 0), (-1, 4, 5, 99)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_mix_inside_a_box(layout, dtype, box):
+    x, box = torch.randint(256, (4, 3, 10, 9)).to(dtype).contiguous(memory_format=layout), torch.tensor(box)
+    normalise = (torch.rand(3) / 64, torch.randn(3)) if dtype == torch.uint8 else (None, None)
+    out_dtype, lam = torch.float32 if dtype == torch.uint8 else dtype, torch.tensor([0.0, 1, 0.2, 0.7])
+    rows = torch.tensor([3, 0, 0, 1])
+    for partner, chosen in ((torch.tensor([2, 2, 0, 1]), None), (None, None), (None, rows)):
+        for weight in (lam.to(compute_dtype(dtype)), torch.ones((), dtype=compute_dtype(dtype))):
+            check("mix", x, partner, weight, chosen, *normalise, dtype=out_dtype, box=box)
+            if dtype != torch.uint8:
+                out = torch.full_like(x, torch.nan)
+                KERNELS["mix_out"](x, partner, weight, chosen, None, None, box, out=out)
+                assert torch.equal(out, KERNELS["mix"](x, partner, weight, chosen, box=box))
+
+
 def test_a_sample_of_weight_zero_is_not_read():
     x = torch.randn(4, 50)
     x[2:] = torch.nan
@@ -405,6 +422,17 @@ def test_values_out_of_range_make_their_sample_nan():
     assert KERNELS["mix"](x, index, torch.tensor([0.5, 1.1, 0.5]))[1].isnan().all()
     pairs = KERNELS["mix"](x, None, torch.tensor([-0.1, 0.5, 0.5]))
     assert pairs[0].isnan().all() and pairs[1:].isfinite().all()
+    images, box = x.view(3, 5, 10), torch.tensor([0, 5, 0, 10])
+    assert KERNELS["mix"](images, torch.tensor([1, 3, 2]), torch.tensor(0.5), box=box).isnan().any((1, 2)).tolist() == [
+        0,
+        1,
+        0,
+    ]
+    assert KERNELS["mix"](images, None, torch.tensor([-0.1, 0.5, 0.5]), box=box).isnan().any((1, 2)).tolist() == [
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
     return lam.to(like.device, compute)
 
 
-def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None):
+def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None, box=None):
     size = x.shape if rows is None else (rows.shape[0], *x.shape[1:])
     memory_format = memory_format or reference.row_format(x)
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
@@ -27,12 +27,12 @@ def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, me
 
 mix_op = define(
     "mix(Tensor x, Tensor? partner, Tensor lam, Tensor? rows=None, Tensor? scale=None, Tensor? shift=None, "
-    "ScalarType? dtype=None, MemoryFormat? memory_format=None) -> Tensor",
+    "ScalarType? dtype=None, MemoryFormat? memory_format=None, Tensor? box=None) -> Tensor",
     _mix_fake,
 )
 mix_out_op = define(
-    "mix_out(Tensor x, Tensor? partner, Tensor lam, Tensor? rows=None, Tensor? scale=None, Tensor? shift=None, *, "
-    "Tensor(a!) out) -> ()",
+    "mix_out(Tensor x, Tensor? partner, Tensor lam, Tensor? rows=None, Tensor? scale=None, Tensor? shift=None, "
+    "Tensor? box=None, *, Tensor(a!) out) -> ()",
     lambda *args, **kwargs: None,
 )
 
@@ -119,30 +119,37 @@ class _Mix(Function):
     operator = mix_op
 
     @staticmethod
-    def forward(ctx, x, partner, lam, rows, scale, shift, dtype, memory_format):
-        ctx.save_for_backward(x, partner, lam, rows, scale)
-        return below_autograd(mix_op, (x, partner, lam, rows, scale, shift, dtype, memory_format))
+    def forward(ctx, x, partner, lam, rows, scale, shift, dtype, memory_format, box):
+        ctx.save_for_backward(x, partner, lam, rows, scale, box)
+        return below_autograd(mix_op, (x, partner, lam, rows, scale, shift, dtype, memory_format, box))
 
     @staticmethod
     def backward(ctx, grad):
-        x, partner, lam, rows, scale = ctx.saved_tensors
+        x, partner, lam, rows, scale, box = ctx.saved_tensors
         grad = _per_channel(grad, scale)
         count = grad.shape[0]
         sequence = torch.arange(count, device=x.device)
         own = sequence if rows is None else rows
         other = reference._partner_of(x, partner, own)
+        if box is not None:
+            inside = reference.inside_box(box, x)
+            pasted, grad = torch.where(inside, grad, 0), torch.where(inside, 0, grad)
         dx = dlam = None
         if ctx.needs_input_grad[0]:
             weight = lam.expand(count)
-            order, offsets = _transpose(torch.cat([own, other]), x.shape[0])
-            weight = torch.cat([weight, 1 - weight])[order]
-            dx = call(gather_sum_op, grad, sequence.repeat(2)[order], weight, offsets).to(x.dtype)
+            terms, sums = grad, [(own, sequence, weight), (other, sequence, 1 - weight)]
+            if box is not None:
+                terms = torch.cat([grad, pasted])
+                sums.append((other, sequence + count, torch.ones_like(weight)))
+            to, source, weight = (torch.cat(values) for values in zip(*sums, strict=True))
+            order, offsets = _transpose(to, x.shape[0])
+            dx = call(gather_sum_op, terms, source[order], weight[order], offsets).to(x.dtype)
         if ctx.needs_input_grad[2]:
             values = x if x.is_floating_point() else x.to(grad.dtype)
             grad = grad.to(values.dtype)
             dlam = call(row_dot_op, grad, values, sequence, own) - call(row_dot_op, grad, values, sequence, other)
             dlam = dlam if lam.dim() else dlam.sum()
-        return dx, None, dlam, None, None, None, None, None
+        return dx, None, dlam, *[None] * 6
 
 
 # mixed_target: what a batch's draw comes to, row by row ---------------------------------------------------------------

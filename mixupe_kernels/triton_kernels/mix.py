@@ -22,17 +22,21 @@ def weight_of(lam, i, LAM_STRIDE: tl.constexpr, inside, ACC: tl.constexpr):
 
 
 @triton.jit
-def blend(own, other, weight):
-    """A weight of 1 or 0 copies exactly, whatever the other sample holds (it was not even read)."""
+def blend(own, other, weight, cut):
+    """A weight of 1 or 0 copies exactly, whatever the other sample holds (it was not even read); ``cut`` elements have 0."""
     mixed = weight * own + (1 - weight) * other
-    return tl.where(weight == 1, own, tl.where(weight == 0, other, mixed))
+    mixed = tl.where(weight == 1, own, tl.where(weight == 0, other, mixed))
+    if cut is None:
+        return mixed
+    else:
+        return tl.where(cut, tl.where(weight >= 0, other, weight), mixed)
 
 
 @triton.jit
 def places(
     tile, SIZE: tl.constexpr, CHANNELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output."""
+    """(where to write, where to read, channel, pixel) of a tile's elements within a sample, in the order of the output."""
     PIXELS: tl.constexpr = SIZE // CHANNELS
     step = tile * BLOCK + tl.arange(0, BLOCK)
     if OUT_LAST:
@@ -45,7 +49,19 @@ def places(
         source = pixel * CHANNELS + channel
     else:
         source = channel * PIXELS + pixel
-    return step, source, channel
+    return step, source, channel, pixel
+
+
+@triton.jit
+def inside_box(box, pixel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(which of a tile's elements are inside CutMix's box, whether any is); (None, False) without one."""
+    if box is None:
+        return None, False
+    else:
+        line, column = pixel // WIDTH % HEIGHT, pixel % WIDTH
+        inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
+        inside = inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
+        return inside, tl.max(inside.to(tl.int32), axis=0) == 1
 
 
 @triton.jit
@@ -59,9 +75,9 @@ def affine(values, scale, shift, channel, mask):
 
 @triton.jit(do_not_specialize=["n", "batch"])
 def mix_rows(
-    out, x, partner, rows, lam, scale, shift,
+    out, x, partner, rows, lam, scale, shift, box,
     n, batch,
-    SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
     X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,19 +89,22 @@ def mix_rows(
     other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
     readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
-    step, source, channel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
+    step, source, channel, pixel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
     mask = step < SIZE
-    own = tl.load(x + own_row * X_STRIDE + source, mask=mask & (readable & (weight != 0)), other=0).to(ACC)
-    other = tl.load(x + other_row * X_STRIDE + source, mask=mask & (readable & (weight != 1)), other=0).to(ACC)
-    mixed = affine(blend(own, other, weight), scale, shift, channel, mask)
+    # Read or not for a whole tile: masks that change from element to element would make loads narrow.
+    cut, any_cut = inside_box(box, pixel, HEIGHT, WIDTH)
+    own_read, other_read = readable & (weight != 0), readable & ((weight != 1) | any_cut)
+    own = tl.load(x + own_row * X_STRIDE + source, mask=mask & own_read, other=0).to(ACC)
+    other = tl.load(x + other_row * X_STRIDE + source, mask=mask & other_read, other=0).to(ACC)
+    mixed = affine(blend(own, other, weight, cut), scale, shift, channel, mask)
     tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def mix_pairs(
-    out, x, lam, scale, shift,
+    out, x, lam, scale, shift, box,
     batch,
-    SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -96,15 +115,16 @@ def mix_pairs(
     inside = i < batch
     first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
-    step, _, channel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
+    step, _, channel, pixel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
     mask = step < SIZE
-    first_read = inside & ((first_weight != 0) | (second_weight != 1))
-    second_read = inside & ((first_weight != 1) | (second_weight != 0))
+    cut, any_cut = inside_box(box, pixel, HEIGHT, WIDTH)
+    first_read = inside & ((first_weight != 0) | (second_weight != 1) | any_cut)
+    second_read = inside & ((first_weight != 1) | (second_weight != 0) | any_cut)
     first = tl.load(x + i.to(tl.int64) * X_STRIDE + step, mask=mask & first_read, other=0).to(ACC)
     second = tl.load(x + j.to(tl.int64) * X_STRIDE + step, mask=mask & second_read, other=0).to(ACC)
-    mixed = affine(blend(first, second, first_weight), scale, shift, channel, mask)
+    mixed = affine(blend(first, second, first_weight, cut), scale, shift, channel, mask)
     tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
-    mixed = affine(blend(second, first, second_weight), scale, shift, channel, mask)
+    mixed = affine(blend(second, first, second_weight, cut), scale, shift, channel, mask)
     tl.store(out + j.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask & (j != i))
 
 
@@ -125,6 +145,7 @@ def mix_out(
     rows: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    box: Tensor | None = None,
     *,
     out: Tensor,
 ) -> None:
@@ -135,7 +156,7 @@ def mix_out(
     """
     dense = dense_rows(out)
     if dense is not out:
-        mix_out(x, partner, lam, rows, scale, shift, out=dense)
+        mix_out(x, partner, lam, rows, scale, shift, box, out=dense)
         out.copy_(dense)
         return
     if out.numel() == 0:
@@ -146,23 +167,25 @@ def mix_out(
     shape = {
         "SIZE": size,
         "CHANNELS": out.shape[1] if scale is not None or x_last or out_last else 1,
+        "HEIGHT": 1 if box is None else out.shape[-2],
+        "WIDTH": 1 if box is None else out.shape[-1],
         "OUT_STRIDE": out.stride(0),
         "X_STRIDE": x.stride(0),
         "LAM_STRIDE": lam.stride(0) if lam.dim() and lam.shape[0] > 1 else 0,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
     pairs = partner is None and rows is None and x_last == out_last
-    partner, rows = (None if index is None else index.contiguous() for index in (partner, rows))
+    partner, rows, box = (None if index is None else index.contiguous() for index in (partner, rows, box))
 
     def run(tile: Tile) -> None:
         tiles = triton.cdiv(size, tile.block)
         if pairs:
             mix_pairs[((n + 1) // 2 * tiles,)](
-                out, x, lam, scale, shift, n, **shape, LAST=x_last, BLOCK=tile.block, **tile.launch
+                out, x, lam, scale, shift, box, n, **shape, LAST=x_last, BLOCK=tile.block, **tile.launch
             )
         else:
             mix_rows[(n * tiles,)](
-                out, x, partner, rows, lam, scale, shift, n, x.shape[0],
+                out, x, partner, rows, lam, scale, shift, box, n, x.shape[0],
                 **shape, X_LAST=x_last, OUT_LAST=out_last, BLOCK=tile.block, **tile.launch,
             )  # fmt: skip
 
@@ -179,6 +202,7 @@ def mix(
     shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
+    box: Tensor | None = None,
 ) -> Tensor:
     """The mixed batch in one launch, normalised, cast and laid out on the way; as ``reference.mix``."""
     count = x.shape[0] if rows is None else rows.shape[0]
@@ -188,7 +212,7 @@ def mix(
         device=x.device,
         memory_format=memory_format or row_format(x),
     )
-    mix_out(x, partner, lam, rows, scale, shift, out=out)
+    mix_out(x, partner, lam, rows, scale, shift, box, out=out)
     return out
 
 
