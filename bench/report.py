@@ -97,8 +97,8 @@ def _mixup_beside_eager(rows: list[dict[str, str]]) -> str:
         for mine, theirs in zip(ours, eager, strict=True)
     ]
     return (
-        "`mk.Mixup` beside eager mixup, median ± its standard error, and in brackets what the batch and the loss take "
-        f"without the model: {', '.join(cells)}."
+        "`mk.Mixup` beside eager mixup, by several turns in each round: median ± its standard error, and in brackets what "
+        f"the batch and the loss take without the model: {', '.join(cells)}."
     )
 
 

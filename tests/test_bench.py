@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -181,6 +182,7 @@ def test_standard_error_of_a_median_of_normal_values():
     ratios = [timing.ratio(values, [1.0] * 101) for values in draws]
     spread = statistics.stdev(ratio.median for ratio in ratios)
     assert statistics.mean(ratio.standard_error(101) for ratio in ratios) == pytest.approx(spread, rel=0.05)
+    assert math.isnan(ratios[0].standard_error(4))
 
 
 def test_what_cannot_be_captured_still_has_the_other_figures():
