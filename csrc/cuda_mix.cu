@@ -127,7 +127,7 @@ __device__ __forceinline__ unsigned inside(const Box& box, int64_t k) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     bits |= static_cast<unsigned>(box.contains(line, column)) << i;
-    if (++column == box.width) column = 0, line = line + 1 == box.height ? 0 : line + 1;
+    if (++column == box.line_size) column = 0, line = line + 1 == box.height ? 0 : line + 1;
   }
   return bits;
 }
@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) mi
   const In *own = job.x + own_row * job.stride, *other = job.x + other_row * job.stride;
   const Span span = span_of_output<pack>(job.out, row, job.sample);
   for_each_in_tile<pack>(job.tiling, span, [&](auto count, int64_t k) {
-    // A sample of weight 0 is not read.
+    // A sample is not read where all its weights are 0.
     T first[count.value] = {}, second[count.value] = {}, mixed[count.value];
     const unsigned cut = inside<count.value>(job.box, k);
-    if (lam != T(0)) load(own + k, first);
+    if (lam != T(0) && cut != (1u << count.value) - 1) load(own + k, first);
     if (lam != T(1) || cut) load(other + k, second);
     blend(first, second, lam, cut, mixed);
     normalise(job, k, mixed);

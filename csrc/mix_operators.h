@@ -11,15 +11,15 @@ struct MixArguments {
   const OptionalTensor &scale, &shift, &box;
 };
 
-// CutMix's box, in which λ is 0, over the elements of a sample in the order of memory. A line of an image is `width`
-// elements, `pixel` of them a pixel: its channels where these are innermost.
+// CutMix's box, in which λ is 0, over the elements of a sample in the order of memory. An image has `height`
+// lines of `line_size` elements, `pixel` of them a pixel: its channels where these are innermost.
 struct Box {
   Vector<int64_t> edges;  // top, bottom, left, right, in pixels
-  int64_t height = 1, width = 1, pixel = 1;
+  int64_t height = 1, line_size = 1, pixel = 1;
 
   MIXUPE_FN explicit operator bool() const { return static_cast<bool>(edges); }
-  MIXUPE_FN int64_t line_of(int64_t k) const { return k / width % height; }
-  MIXUPE_FN int64_t column_of(int64_t k) const { return k % width; }
+  MIXUPE_FN int64_t line_of(int64_t k) const { return k / line_size % height; }
+  MIXUPE_FN int64_t column_of(int64_t k) const { return k % line_size; }
   MIXUPE_FN bool contains(int64_t line, int64_t column) const {
     return line >= edges[0] && line < edges[1] && column >= edges[2] * pixel && column < edges[3] * pixel;
   }

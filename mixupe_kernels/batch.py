@@ -106,10 +106,8 @@ class Mixup(Drawing):
         super().__init__(alpha, beta, **drawing_arguments)
         self.transform = inputs.Transform(mean, std, dtype, memory_format)
         self.inplace = inplace
-        if inplace and (self.pairing != "flip" or self.cutmix is not None or self.num_samples > 2):
-            raise ValueError(
-                "inplace must be False unless pairing is 'flip', without cutmix_alpha or num_samples, got True"
-            )
+        if inplace and (self.pairing != "flip" or self.num_samples > 2):
+            raise ValueError("inplace must be False unless pairing is 'flip', without num_samples, got True")
         if isinstance(keys, str):
             raise TypeError(f"keys must be a sequence of keys, got the string {keys!r}")
         self.keys, self.labels_key = keys, labels_key
@@ -121,7 +119,8 @@ class Mixup(Drawing):
     def apply(self, draw: Draw, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The rows that :meth:`draw` chose, of any samples (B, ...) such as hidden states, as they are: (N, ...).
 
-        Differentiable in x where there is no ``out``. mean, std, dtype and memory_format are left out.
+        Differentiable in x where there is no ``out``. mean, std, dtype and memory_format are left out. A draw of CutMix is
+        for images of the size it was drawn for.
         """
         return write(draw, x, inputs.UNCHANGED, out)
 

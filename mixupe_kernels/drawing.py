@@ -23,7 +23,7 @@ class Draw(NamedTuple):
         rows: (N,) int64, each row's own sample; None for 0, 1, ..., B - 1.
         offsets: (N + 1,) int64 where rows are made of more than two samples: row i is the sum over t in
             [offsets_i, offsets_{i+1}) of lam_t · x[partner_t].
-        box: (4,) int64, top, bottom, left and right of CutMix's box; None without CutMix.
+        box: (4,) int64, top, bottom, left and right of CutMix's box, in which a row is its partner's sample; None without.
         plain: the rows are the samples as they are.
     """
 
@@ -174,9 +174,9 @@ class Drawing:
             lam, pixel_lam, box = self._draw_box(lam, image_size)
         rows, num_mixed, num_reg, reg_weight = self._layout(batch, device)
         flipped = self._pair is pairings.flip
-        if rows is None and box is None and flipped:
+        if rows is None and flipped:
             target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
-            return Draw(None, pixel_lam, target)
+            return Draw(None, pixel_lam, target, box=box)
         if rows is None:
             partner = self._pair(batch, self.generator, device, labels, ids)
             target = MixedTarget(labels, labels.index_select(0, partner), lam.expand(batch), batch, num_reg, reg_weight)

@@ -59,12 +59,18 @@ def check_range(name: str, values: Tensor, low, high, expected: str) -> None:
         torch._assert_async(inside)
 
 
-def inside_box(box: Tensor, x: Tensor) -> Tensor:
-    """(H, W) bool: the pixels of ``x`` (..., H, W) within ``box``, (4,) int64 of top, bottom, left and right."""
+def check_box(box: Tensor | None, x: Tensor) -> None:
+    if box is None:
+        return
     checks.dtype("box", box, (torch.int64,))
     checks.shape("box", box, (4,))
+    checks.same_device("box", box, "x", x)
     if x.dim() < 3:
         raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
+
+
+def inside_box(box: Tensor, x: Tensor) -> Tensor:
+    """(H, W) bool: the pixels of ``x`` (..., H, W) within ``box``, (4,) int64 of top, bottom, left and right."""
     down, across = (torch.arange(size, device=x.device) for size in x.shape[-2:])
     down = ((down >= box[0]) & (down < box[1])).unsqueeze(1)
     return down & (across >= box[2]) & (across < box[3])
@@ -86,6 +92,7 @@ def mix(
     A sample of weight 0 is not read: λ = 1 is an exact copy, whatever the partner holds. Inside ``box`` (CutMix, Yun et
     al., 2019) λ is 0 for every row: (4,) int64 of top, bottom, left and right in the last two dimensions.
     """
+    check_box(box, x)
     compute = accumulate_dtype(x.dtype)
     rows = _rows_of(x, rows)
     partner = _partner_of(x, partner, rows)

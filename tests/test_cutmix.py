@@ -16,7 +16,8 @@ def expected_rows(draw, x):
     """The mixed rows of a draw from the definition, in float64; x normalised already."""
     count = draw.target.num_mixed
     rows = torch.arange(len(x)) if draw.rows is None else draw.rows[:count]
-    own, other = x.double()[rows], x.double()[draw.partner[:count]]
+    partner = len(x) - 1 - rows if draw.partner is None else draw.partner[:count]
+    own, other = x.double()[rows], x.double()[partner]
     lam = draw.lam.double().expand(len(draw.target.lam))[:count].reshape(-1, *[1] * (x.dim() - 1))
     mixed = lam * own + (1 - lam) * other
     top, bottom, left, right = draw.box.tolist()
@@ -77,8 +78,7 @@ def test_rows(options, pairing, dtype, backend):
     assert 0 < cut < 8
 
 
-def test_a_box_never_leaves_the_device():
-    """A batch is one graph, without a break: nothing in it reads the box back, which on a device would synchronise."""
+def test_a_batch_with_a_box_is_one_graph():
     x, labels = torch.randn(8, 3, 9, 7), torch.arange(8)
     fn = mk.MixupE(cutmix_alpha=1.0, switch_prob=1.0, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
     arguments = fn.transform.arguments("x", x, True)
@@ -124,6 +124,15 @@ def test_out_video_and_gradients(backend):
     (gradient,) = torch.autograd.grad(fresh[:4].sum(), x)
     # Each pixel of the mixed rows is one pixel of x, so the gradient counts them.
     assert gradient.sum().item() == pytest.approx(x.numel())
+
+
+def test_in_place(backend):
+    x, labels = torch.randn(5, 2, 8, 8), torch.arange(5)
+    options = {"cutmix_alpha": 1.0, "switch_prob": 1.0, "pairing": "flip"}
+    expected, target = mk.Mixup(generator=torch.Generator().manual_seed(4), **options)(x, labels)
+    rows, again = mk.Mixup(inplace=True, generator=torch.Generator().manual_seed(4), **options)(x, labels)
+    assert rows is x and torch.equal(rows, expected) and torch.equal(again.lam, target.lam)
+    assert 0 < target.lam[0] < 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from bench.timing import CudaTimer
 from mixupe_kernels import reference
 
 from .test_ops import (  # noqa: F401, collected here with this module's fixtures
+    test_a_flip_inside_a_box_may_be_in_place,
     test_bce_entropy,
+    test_box_must_be_four_edges_of_images,
     test_ce_entropy,
     test_ce_entropy_options_and_layouts,
     test_compiles_without_graph_breaks,
@@ -30,6 +32,7 @@ from .test_ops import (  # noqa: F401, collected here with this module's fixture
     test_leading_dimensions_are_rows,
     test_linear_detached_has_the_gradient_of_cross_entropy,
     test_mix,
+    test_mix_inside_a_box,
     test_mix_normalises_and_casts,
     test_mixed_target,
     test_mixed_target_gives_lam_its_gradient,
@@ -143,11 +146,12 @@ def test_graph_replay_reads_fresh_lam_and_eta(backend):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("cutmix_alpha", [None, 1.0])
 @pytest.mark.parametrize("clean_fraction, split", [(1.0, False), (0.25, False), (0.25, True)])
-def test_a_step_never_synchronises(backend, clean_fraction, split):
+def test_a_step_never_synchronises(backend, clean_fraction, split, cutmix_alpha):
     x, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
-    mixup_fn = mk.MixupE(alpha=1.0, clean_fraction=clean_fraction, split=split)
+    mixup_fn = mk.MixupE(alpha=1.0, clean_fraction=clean_fraction, split=split, cutmix_alpha=cutmix_alpha)
     criterion = mk.MixupELoss(eta=1e-2)
 
     def step():

@@ -421,12 +421,12 @@ def test_mix_normalises_and_casts(backend, source, target, input_format, output_
 
 
 BOXES = {"inside": (2, 5, 1, 4), "all": (0, 9, 0, 7), "a corner": (7, 9, 5, 7), "lines": (3, 4, 0, 7), "empty": (0, 0, 0, 0),
-         "no width": (2, 5, 3, 3), "beyond": (-3, 4, 5, 99)}  # fmt: skip
+         "no width": (2, 5, 3, 3), "beyond": (-3, 4, 5, 99), "large": (5, 60, 5, 50)}  # fmt: skip
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
-@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 3, 9, 7), (4, 2, 3, 9, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 3, 9, 7), (4, 2, 3, 9, 7), (3, 3, 70, 53)], ids=str)
 def test_mix_inside_a_box(backend, shape, dtype, box):
     x = torch.randint(256, shape).to(dtype)
     edges, batch = torch.tensor(box), shape[0]

@@ -317,6 +317,7 @@ def test_nothing_synchronises(monkeypatch):
     KERNELS["ce_entropy_backward"](ce, None, None, logits, entropy, lse, *target)
     KERNELS["mix"](x, index, lam, index)
     KERNELS["mix_out"](x, None, lam, out=x)
+    KERNELS["mix"](x.view(4, 7, 10), index, lam, box=torch.tensor([1, 4, 0, 5]))
     KERNELS["gather_sum"](x, index, lam, offsets)
     KERNELS["row_dot"](x, x, index, index)
 
@@ -368,10 +369,11 @@ def test_mix_normalises_casts_and_lays_out(layout, memory_format, dtype, out_dty
 
 @pytest.mark.parametrize("box", [(2, 5, 1, 4), (0, 10, 0, 9), (0, 0, 0, 0), (-1, 4, 5, 99)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("layout", FORMATS, ids=str)
-def test_mix_inside_a_box(layout, dtype, box):
-    x, box = torch.randint(256, (4, 3, 10, 9)).to(dtype).contiguous(memory_format=layout), torch.tensor(box)
-    normalise = (torch.rand(3) / 64, torch.randn(3)) if dtype == torch.uint8 else (None, None)
+@pytest.mark.parametrize("layout, shape", [(torch.contiguous_format, (4, 10, 9)), (torch.contiguous_format, (4, 3, 40, 33)),
+                                           (torch.channels_last, (4, 3, 40, 33))], ids=str)  # fmt: skip
+def test_mix_inside_a_box(layout, shape, dtype, box):
+    x, box = torch.randint(256, shape).to(dtype).contiguous(memory_format=layout), torch.tensor(box)
+    normalise = (torch.rand(shape[1]) / 64, torch.randn(shape[1])) if dtype == torch.uint8 else (None, None)
     out_dtype, lam = torch.float32 if dtype == torch.uint8 else dtype, torch.tensor([0.0, 1, 0.2, 0.7])
     rows = torch.tensor([3, 0, 0, 1])
     for partner, chosen in ((torch.tensor([2, 2, 0, 1]), None), (None, None), (None, rows)):

@@ -20,6 +20,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
 
 
 def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None, box=None):
+    reference.check_box(box, x)
     size = x.shape if rows is None else (rows.shape[0], *x.shape[1:])
     memory_format = memory_format or reference.row_format(x)
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
@@ -131,15 +132,17 @@ class _Mix(Function):
         sequence = torch.arange(count, device=x.device)
         own = sequence if rows is None else rows
         other = reference._partner_of(x, partner, own)
+        whole = grad
         if box is not None:
             inside = reference.inside_box(box, x)
-            pasted, grad = torch.where(inside, grad, 0), torch.where(inside, 0, grad)
+            grad = torch.where(inside, 0, whole)
         dx = dlam = None
         if ctx.needs_input_grad[0]:
             weight = lam.expand(count)
             terms, sums = grad, [(own, sequence, weight), (other, sequence, 1 - weight)]
             if box is not None:
-                terms = torch.cat([grad, pasted])
+                # The partner's pixels inside the box: the one case whose backward holds the gradient three times over.
+                terms = torch.cat([grad, torch.where(inside, whole, 0)])
                 sums.append((other, sequence + count, torch.ones_like(weight)))
             to, source, weight = (torch.cat(values) for values in zip(*sums, strict=True))
             order, offsets = _transpose(to, x.shape[0])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import row_format
+from ..reference import check_box, row_format
 from .launch import Tile, device_of, launch_tiled
 
 
@@ -23,7 +23,7 @@ def weight_of(lam, i, LAM_STRIDE: tl.constexpr, inside, ACC: tl.constexpr):
 
 @triton.jit
 def blend(own, other, weight, cut):
-    """A weight of 1 or 0 copies exactly, whatever the other sample holds (it was not even read); ``cut`` elements have 0."""
+    """A weight of 1 or 0 copies exactly, whatever the other sample holds; ``cut`` elements have 0."""
     mixed = weight * own + (1 - weight) * other
     mixed = tl.where(weight == 1, own, tl.where(weight == 0, other, mixed))
     if cut is None:
@@ -36,7 +36,7 @@ def blend(own, other, weight, cut):
 def places(
     tile, SIZE: tl.constexpr, CHANNELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(where to write, where to read, channel, pixel) of a tile's elements within a sample, in the order of the output."""
+    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output."""
     PIXELS: tl.constexpr = SIZE // CHANNELS
     step = tile * BLOCK + tl.arange(0, BLOCK)
     if OUT_LAST:
@@ -49,16 +49,17 @@ def places(
         source = pixel * CHANNELS + channel
     else:
         source = channel * PIXELS + pixel
-    return step, source, channel, pixel
+    return step, source, channel
 
 
 @triton.jit
-def inside_box(box, pixel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def inside_box(box, step, CHANNELS: tl.constexpr, LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """(which of a tile's elements are inside CutMix's box, whether any is); (None, False) without one."""
     if box is None:
         return None, False
     else:
-        line, column = pixel // WIDTH % HEIGHT, pixel % WIDTH
+        pixel = (step // CHANNELS if LAST else step) % (HEIGHT * WIDTH)
+        line, column = pixel // WIDTH, pixel % WIDTH
         inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
         inside = inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
         return inside, tl.max(inside.to(tl.int32), axis=0) == 1
@@ -89,10 +90,10 @@ def mix_rows(
     other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
     readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
-    step, source, channel, pixel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
+    step, source, channel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
     mask = step < SIZE
     # Read or not for a whole tile: masks that change from element to element would make loads narrow.
-    cut, any_cut = inside_box(box, pixel, HEIGHT, WIDTH)
+    cut, any_cut = inside_box(box, step, CHANNELS, OUT_LAST, HEIGHT, WIDTH)
     own_read, other_read = readable & (weight != 0), readable & ((weight != 1) | any_cut)
     own = tl.load(x + own_row * X_STRIDE + source, mask=mask & own_read, other=0).to(ACC)
     other = tl.load(x + other_row * X_STRIDE + source, mask=mask & other_read, other=0).to(ACC)
@@ -115,9 +116,9 @@ def mix_pairs(
     inside = i < batch
     first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
-    step, _, channel, pixel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
+    step, _, channel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
     mask = step < SIZE
-    cut, any_cut = inside_box(box, pixel, HEIGHT, WIDTH)
+    cut, any_cut = inside_box(box, step, CHANNELS, LAST, HEIGHT, WIDTH)
     first_read = inside & ((first_weight != 0) | (second_weight != 1) | any_cut)
     second_read = inside & ((first_weight != 1) | (second_weight != 0) | any_cut)
     first = tl.load(x + i.to(tl.int64) * X_STRIDE + step, mask=mask & first_read, other=0).to(ACC)
@@ -154,6 +155,7 @@ def mix_out(
     ``out`` may be ``x`` itself when partner is None and rows are not chosen. Samples with a partner, row or λ out of
     range become NaN.
     """
+    check_box(box, x)
     dense = dense_rows(out)
     if dense is not out:
         mix_out(x, partner, lam, rows, scale, shift, box, out=dense)
