@@ -98,7 +98,7 @@ def _mixup_beside_eager(rows: list[dict[str, str]]) -> str:
     ]
     return (
         "`mk.Mixup` beside eager mixup, by several turns in each round: median ± its standard error, and in brackets what "
-        f"the batch and the loss take without the model: {', '.join(cells)}."
+        f"the batch and the loss take of a step, all in which the two differ: {', '.join(cells)}."
     )
 
 

@@ -22,10 +22,11 @@ class Ratio(NamedTuple):
 
     def standard_error(self, count: int) -> float:
         """That of the median of ``count`` ratios: 1.25·σ/√count with σ = (quartiles' distance)/1.35, for normal ones (McGill,
-        Tukey and Larsen, 1978, p. 16). Of 7 or 9 it is known to about a third of itself; of fewer than 5 it is NaN."""
+        Tukey and Larsen, 1978, p. 16), times √(4/3), because two in a row share a turn of the base (``interleave_with``),
+        which gives them a correlation of 1/6. Of 11 it is known to about a quarter of itself; of fewer than 5 it is NaN."""
         if count < 5:
             return math.nan
-        return 1.25 / 1.35 * (self.high - self.low) / count**0.5
+        return 1.25 / 1.35 * (4 / 3) ** 0.5 * (self.high - self.low) / count**0.5
 
 
 def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
@@ -79,7 +80,7 @@ def interleave(
 
 
 class Pairs(NamedTuple):
-    """Seconds a call of a contender takes, one figure a round, and those of the base at the same time."""
+    """Seconds a call of a contender takes, one figure a turn, and those of the base at the same time."""
 
     seconds: list[float]
     base: list[float]
@@ -96,22 +97,19 @@ def interleave_with(
     """The figures of each contender beside ``base``, which has a turn before and after each turn of another: of these two
     the mean. Beside itself it has the mean of a round. For calls so long that the machine's speed changes within a round.
 
-    A contender has one turn a round, or as many as ``turns_a_round`` says, whose mean is then its figure.
+    A contender has one turn a round, or as many as ``turns_a_round`` says.
     """
     turns = turns_of(contenders, warmup, min_seconds)
     pairs = {name: Pairs([], []) for name in contenders}
     names = [name for name in contenders if name != base for _ in range(turns_a_round.get(name, 1))]
     for order in orders(names, rounds):
-        in_round = {name: Pairs([], []) for name in contenders}
         of_base = [turns[base]()]
         for name in order:
-            in_round[name].seconds.append(turns[name]())
+            pairs[name].seconds.append(turns[name]())
             of_base.append(turns[base]())
-            in_round[name].base.append(statistics.mean(of_base[-2:]))
-        in_round[base] = Pairs(of_base, of_base)
-        for name, (seconds, base_seconds) in in_round.items():
-            pairs[name].seconds.append(statistics.mean(seconds))
-            pairs[name].base.append(statistics.mean(base_seconds))
+            pairs[name].base.append(statistics.mean(of_base[-2:]))
+        for values in pairs[base]:
+            values.append(statistics.mean(of_base))
     return pairs
 
 

@@ -162,7 +162,7 @@ def step(rows_csv: Path, picture: Path, machine: str) -> None:
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         figure.suptitle("What a training step costs", x=0.01, ha="left", fontsize=13, fontweight="bold")
-        note = f"Dashed: the {TARGET_RATIO}× target. Diamond: prediction 1 + ρu. Line: quartiles of the rounds' ratios."
+        note = f"Dashed: the {TARGET_RATIO}× target. Diamond: prediction 1 + ρu. Line: quartiles of the turns' ratios."
         figure.text(0.01, 0.012, f"{note}\n{machine}", fontsize=8.5, color="#555555")
         figure.tight_layout(rect=(0, 0.07, 1, 0.99))
         figure.savefig(picture)

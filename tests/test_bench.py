@@ -173,13 +173,18 @@ def test_a_contender_may_have_several_turns_a_round(monkeypatch):
     assert len(rounds) == 4 and all(sorted(order) == ["a", "a", "b", *["base"] * 4] for order in rounds)
     # The calls of the first round take 4 to 10 seconds; before them each contender was called once.
     first = [4 + place for place, name in enumerate(rounds[0]) if name == "a"]
-    assert pairs["a"].seconds[0] == pairs["a"].base[0] == sum(first) / 2
-    assert {len(figures) for pair in pairs.values() for figures in pair} == {4}
+    assert pairs["a"].seconds[:2] == pairs["a"].base[:2] == first
+    assert {name: [len(figures) for figures in pair] for name, pair in pairs.items()} == {
+        "base": [4, 4],
+        "a": [8, 8],
+        "b": [4, 4],
+    }
 
 
-def test_standard_error_of_a_median_of_normal_values():
-    draws = torch.randn(2000, 101, generator=torch.Generator().manual_seed(0)).tolist()
-    ratios = [timing.ratio(values, [1.0] * 101) for values in draws]
+def test_standard_error_of_a_median_of_ratios_that_share_turns_of_the_base():
+    draws = 1 + 0.03 * torch.randn(2000, 2, 102, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    base = (draws[:, 0, 1:] + draws[:, 0, :-1]) / 2
+    ratios = [timing.ratio(*pair) for pair in zip(draws[:, 1, 1:].tolist(), base.tolist(), strict=True)]
     spread = statistics.stdev(ratio.median for ratio in ratios)
     assert statistics.mean(ratio.standard_error(101) for ratio in ratios) == pytest.approx(spread, rel=0.05)
     assert math.isnan(ratios[0].standard_error(4))

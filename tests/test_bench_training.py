@@ -125,22 +125,53 @@ def test_step_rows_and_bars():
     assert sample.own_seconds < sample.seconds and len(step.bars(rows)) == 6
 
 
-def test_own_part_is_the_step_without_its_model():
-    seen = []
+class _Slow(torch.nn.Module):
+    """A model whose forward and backward take a second each of a clock that nothing else moves."""
 
-    class Watched(torch.nn.Module):
-        def forward(self, x):
-            seen.append(len(x))
-            return x.new_zeros(len(x), 10, requires_grad=True)
+    def __init__(self, clock):
+        super().__init__()
+        self.clock, self.linear = clock, torch.nn.Linear(64, 10)
 
-    bench = step.Bench(step.SPECS[0], 24, "cpu", "eager")
-    bench.model = Watched()
-    names = {"Mixup", "MixupE full", "MixupE exact q"}
-    own = bench.own_parts(names, torch.zeros(64), 1)
-    assert seen == [24]  # once, for the dtype of its logits
-    assert set(own) == names - {"MixupE exact q"} and min(own.values()) > 0
-    bench.mode = "compile"
-    assert bench.own_parts(names, torch.zeros(64), 1) == {}
+    def forward(self, x):
+        self.clock[0] += 1
+        z = self.linear(x)
+        z.register_hook(self.backward)
+        return z * 1
+
+    def backward(self, gradient):
+        self.clock[0] += 1
+
+
+@pytest.mark.parametrize("name", ["Mixup eager", "Mixup", "MixupE, authors' form", "MixupE interval 4"])
+def test_own_part_leaves_out_the_model(monkeypatch, name):
+    clock = [0.0]
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock[0])
+    spec = step.SPECS[0]._replace(model=lambda: _Slow(clock))
+    bench = step.Bench(spec, 24, "cpu", "eager")
+    method = step_methods.make_methods(bench.model, 10, 24, torch.zeros(64))[name]
+
+    def prepare(*args):
+        clock[0] += 0.25
+        return method.prepare(*args)
+
+    def objective(*args):
+        loss = method.objective(*args)
+        clock[0] += 0.125
+        return loss
+
+    call = bench.contender(name, step_methods.Method(prepare, objective, 0.0, method.steps), bench.x, bench.labels)
+    bench.own_parts.seconds.clear()
+    call()
+    call()
+    assert bench.own_parts.seconds[name] == [0.375 * method.steps] * 2
+
+
+def test_own_part_is_known_in_eager_mode_only():
+    bench = step.Bench(step.SPECS[0], 24, "cpu", "compile")
+    with bench.own_parts.of("Mixup"):
+        bench.own_parts.mark()
+        bench.model(bench.x).sum().backward()
+    assert bench.own_parts.seconds["Mixup"] == [0]
 
 
 @pytest.mark.parametrize(
