@@ -43,6 +43,7 @@ FULL_RUN_ONLY = (
     f"MixupE interval {INTERVAL}",
     "MixupE exact q",
 )
+QUICK_BATCH = 32
 # Where a bar compares two steps that are nearly alike, a turn a round does not tell them apart.
 TURNS_A_ROUND = {"Mixup": 15, "MixupE full": 3, "MixupE, authors' form": 3}
 
@@ -241,11 +242,13 @@ class Bench:
                 calls.pop(name, None)
         twice = self.contender("twice", methods["Mixup"], *self.data(2 * self.batch))
         # On its own, because a step of twice the memory leaves the heap in another state for the one after it.
-        pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=1, min_seconds=1e-2)
+        pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=0, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
         self.own_parts.seconds.clear()
         more_turns = {} if quick else TURNS_A_ROUND
-        pairs = timing.interleave_with(BASE, calls, rounds, min_seconds=TURN_SECONDS, turns_a_round=more_turns)
+        pairs = timing.interleave_with(
+            BASE, calls, rounds, warmup=0, min_seconds=TURN_SECONDS, turns_a_round=more_turns
+        )
         # One figure a step: a call may be of several.
         times = {
             name: timing.Pairs([value / methods[name].steps for value in pair.seconds], pair.base)
@@ -345,7 +348,11 @@ def keep_memory() -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer ways and rounds: 3 minutes on 2 cores")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"fewer ways and rounds, batches of {QUICK_BATCH}: under 3 minutes on 2 cores",
+    )
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -362,10 +369,10 @@ def main(arguments: list[str]) -> int:
     for spec in SPECS:
         if options.only not in spec.name or (spec.needs_gpu and options.device == "cpu"):
             continue
-        rounds = max(3, spec.rounds // 2) if options.quick else spec.rounds
+        rounds, batch = (max(3, spec.rounds // 4), QUICK_BATCH) if options.quick else (spec.rounds, spec.batch)
         for mode in options.modes or (("eager", "compile", "graph") if options.device == "cuda" else ("eager",)):
             with console.status(f"{spec.name}, {mode}"):
-                bench = Bench(spec, spec.batch, options.device, mode)
+                bench = Bench(spec, batch, options.device, mode)
                 new = bench.run(
                     rounds, options.quick, lambda name, error: console.print(f"{name}: left out: {error!r}"[:300])
                 )
@@ -380,7 +387,7 @@ def main(arguments: list[str]) -> int:
     training_plots.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
     table = Table("model", "bar", "measured", "at most", "", title="Bars", box=box.SIMPLE)
     for bar in held:
-        error = "" if bar.error is None else f" ± {bar.error:.3f}"
+        error = "" if bar.error is None or math.isnan(bar.error) else f" ± {bar.error:.3f}"
         table.add_row(bar.model, bar.what, f"{bar.measured:.3f}{error}", f"{bar.limit:g}", bar.verdict)
     console.print(table)
     lines = [f"{name}: {value}" for name, value in facts.items()]
