@@ -137,7 +137,7 @@ class OwnParts:
     def __init__(self, model: nn.Module, device: str, mode: str):
         self.device, self.watches = device, mode == "eager"
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self._marks = []
+        self._marks: list[float | torch.cuda.Event] = []
         if self.watches:
             model.register_forward_pre_hook(self.mark)
             model.register_forward_hook(self._after_forward)
@@ -158,7 +158,7 @@ class OwnParts:
             logits.register_hook(self._at_gradient)
 
     def _at_gradient(self, gradient: Tensor) -> None:
-        # Of two calls of the model the first one's gradient is there at the end of the other one's backward.
+        # With two calls of the model, the loss is over at the first gradient: the other comes after a backward of the model.
         if len(self._marks) % 2:
             self.mark()
 
@@ -244,7 +244,7 @@ class Bench:
         # On its own, because a step of twice the memory leaves the heap in another state for the one after it.
         pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=0, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
-        self.own_parts.seconds.clear()
+        self.own_parts.seconds.clear()  # those of calls that warmed up
         more_turns = {} if quick else TURNS_A_ROUND
         pairs = timing.interleave_with(
             BASE, calls, rounds, warmup=0, min_seconds=TURN_SECONDS, turns_a_round=more_turns

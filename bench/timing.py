@@ -23,7 +23,8 @@ class Ratio(NamedTuple):
     def standard_error(self, count: int) -> float:
         """That of the median of ``count`` ratios: 1.25·σ/√count with σ = (quartiles' distance)/1.35, for normal ones (McGill,
         Tukey and Larsen, 1978, p. 16), times √(4/3), because two in a row share a turn of the base (``interleave_with``),
-        which gives them a correlation of 1/6. Of 11 it is known to about a quarter of itself; of fewer than 5 it is NaN."""
+        which gives them a correlation of 1/6. That is too much where turns of others come between. Of 11 ratios it is known
+        to about a quarter of itself; of fewer than 5 it is NaN."""
         if count < 5:
             return math.nan
         return 1.25 / 1.35 * (4 / 3) ** 0.5 * (self.high - self.low) / count**0.5

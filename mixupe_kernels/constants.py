@@ -11,7 +11,8 @@ _tensors: dict[Hashable, Tensor] = {}
 
 def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, or what it returned for ``key`` before. Callers must not write to it, nor hand it out."""
-    if torch.compiler.is_compiling():  # the compiler folds it, or keeps it in the graph
+    # The compiler folds it, or keeps it in the graph; under a transform of torch.func it belongs to the transform.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return make()
     found = _tensors.get(key)
     if found is None:

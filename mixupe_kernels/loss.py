@@ -160,7 +160,12 @@ def _loss(
         ops.as_multilabel(parts)
     num_mixed, num_reg, reg_weight = _count_rows(target, logits)
     learned_target = parts.target.requires_grad or (parts.lam is not None and parts.lam.requires_grad)
-    if q is not None or options.operator is None or (learned_target and torch.is_grad_enabled()):
+    # Of nested transforms, an outer one may differentiate in what the inner one takes for a constant.
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and options.inplace_backward:
+        raise ValueError("inplace_backward must be False under a transform of torch.func")
+    composed = q is not None or options.operator is None or (learned_target and torch.is_grad_enabled())
+    if composed or transformed:
         return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
     arguments = (*parts, eta, reg_weight, num_mixed, num_reg, *options.operator)
     if options.inplace_backward:
@@ -194,7 +199,6 @@ def _is_usual(logits: Tensor, target: Tensor | tuple, options: _Options) -> bool
         and not lam.requires_grad
         and not reg_weight.requires_grad
         and _wants_gradient_now(logits)
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
     )
 
@@ -216,6 +220,8 @@ def _wants_gradient_now(rows: Tensor) -> bool:
         and rows.dtype is not torch.float16
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not ops.has_tangent(rows)
     )
 
 
@@ -250,11 +256,11 @@ def composed_loss(
         checks.same_device("q", q, "logits", rows)
         q, whole = q.to(ce.dtype), torch.ones_like(q, dtype=torch.bool)
     elif options.penalty == "linear_detached":
-        # -(y - p)ᵀz with y - p constant has the value -q̂ and CE's gradient, but none in y.
+        # (y - p)ᵀz with y - p constant has the value q̂, no gradient in y, and in z that of q̂ with H constant.
         fixed = ops.Target(*(None if part is None else part.detach() for part in target))
-        constant = ops.call(ops.ce_entropy_op, rows, *fixed, *row_options)
-        gap = reference.q_hat(*constant, fixed.target, options.sigmoid, options.label_smoothing) + constant[0]
-        q = (gap.detach() - constant[0])[ce.shape[0] - num_reg :]
+        fixed_ce, fixed_entropy, fixed_lse = ops.call(ops.ce_entropy_op, rows, *fixed, *row_options)
+        fixed_rows = (fixed_ce, fixed_entropy.detach(), fixed_lse, fixed.target)
+        q = reference.q_hat(*fixed_rows, options.sigmoid, options.label_smoothing)[ce.shape[0] - num_reg :]
     else:
         q = reference.q_hat(ce, entropy, lse, target.target, options.sigmoid, options.label_smoothing)
         q = q[ce.shape[0] - num_reg :]
@@ -308,7 +314,7 @@ def mixupe_loss(
 
     Returns:
         0-d loss, float32 (float64 for float64 logits), differentiable any number of times in the logits, and in soft
-        targets and λ.
+        targets and λ, under torch.func too, where ``vmap`` loops over what it maps. Forward mode (``jvp``) is refused.
 
     Raises:
         TypeError, ValueError: as :func:`ce_entropy`, and for an option that is not as stated.
@@ -329,8 +335,8 @@ class MixupELoss(nn.Module):
         TypeError, ValueError: for an argument of the wrong type or value.
 
     Calling it with logits and a target returns the 0-d loss. A third argument ``q`` (n,) takes the place of q̂:
-    :func:`exact_q` of the clean rows, which then need not be in the batch (``MixupE(regularize="mixed")`` adds none). ``last`` then holds ``mix_loss``, ``reg`` and ``eta_hat`` of
-    that call as detached 0-d tensors on the device.
+    :func:`exact_q` of the clean rows, which then need not be in the batch (``MixupE(regularize="mixed")`` adds none).
+    After a call ``last`` holds its ``mix_loss``, ``reg`` and ``eta_hat`` as detached 0-d tensors on the device.
     """
 
     def __init__(
@@ -363,7 +369,8 @@ class MixupELoss(nn.Module):
 
     @property
     def last(self) -> LossParts | None:
-        """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first."""
+        """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first, and after one under a transform of
+        torch.func."""
         return LossParts(*self._last[0][:3].unbind()) if self._last else None
 
     def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
@@ -372,9 +379,12 @@ class MixupELoss(nn.Module):
         eta = self._eta.get(key)
         if eta is None:
             compute = reference.accumulate_dtype(logits.dtype)
-            eta = self._eta[key] = torch.full((), self._eta_value, dtype=compute, device=logits.device)
+            eta = torch.full((), self._eta_value, dtype=compute, device=logits.device)
+            if not torch._C._are_functorch_transforms_active():
+                self._eta[key] = eta
         loss, parts = _loss(logits, target, eta, self.options, q)
-        self._last[:] = [parts]
+        # A transform's tensors are not to be looked at after it.
+        self._last[:] = [] if torch._C._are_functorch_transforms_active() else [parts]
         return loss
 
     def extra_repr(self) -> str:

@@ -223,3 +223,18 @@ def test_inplace_backward_is_refused_where_it_would_be_wrong(target):
     loss = mk.mixupe_loss(saved, target, eta=0.3, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_learned_target_does_not_change_the_gradient_in_the_logits(backend, activation):
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.rand(6, 5, dtype=torch.float64)  # do not sum to 1
+
+    def gradient(labels, penalty):
+        target = mk.MixedTarget(labels, labels.flip(0), torch.full((6,), 0.3, dtype=torch.float64), 4, 3, 0.4)
+        loss = mk.mixupe_loss(logits, target, eta=0.5, penalty=penalty, activation=activation)
+        return torch.autograd.grad(loss, logits)[0]
+
+    for penalty in ("abs", "threshold", "linear_detached"):
+        fixed = gradient(labels, penalty)
+        torch.testing.assert_close(gradient(labels.clone().requires_grad_(), penalty), fixed)

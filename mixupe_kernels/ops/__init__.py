@@ -17,7 +17,7 @@ from .losses import (
     mixupe_loss_op,
 )
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import below_autograd, call, operators
+from .registration import below_autograd, call, has_tangent, operators
 
 __all__ = [
     "BCEEntropy",
@@ -35,6 +35,7 @@ __all__ = [
     "ce_entropy_backward_op",
     "ce_entropy_op",
     "gather_sum_op",
+    "has_tangent",
     "mix",
     "mix_op",
     "mix_out_op",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, double_backward, reference
-from .registration import Function, below_autograd, call, define, detached, differentiable
+from .registration import Function, below_autograd, call, define, detached, differentiable, has_tangent
 
 
 class CEEntropy(NamedTuple):
@@ -116,7 +116,8 @@ def ce_entropy(
 
     MixupE's q̂ (Zou et al., 2023, eq. 5) is entropy - ce; plain mixup, RegMixup, the confidence penalty and z-loss are
     other one-line expressions of the three. All are differentiable, any number of times, in the logits, in soft
-    targets and in λ; for the backward two floats a row are kept beside the arguments.
+    targets and in λ, under torch.func too, where ``vmap`` loops over what it maps; for the backward two floats a row are
+    kept beside the arguments. Forward mode (``jvp``) is refused.
 
     Args:
         logits: (..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
@@ -325,7 +326,7 @@ def _is_one(grad: Tensor) -> bool:
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1
+    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1 and not has_tangent(grad)
 
 
 @differentiable

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .. import checks, reference
 
@@ -34,7 +36,9 @@ _kernels: dict[Callable, Callable] = {}
 class Function(torch.autograd.Function):
     """One whose ``apply`` leaves out what functions with a ``setup_context`` need: 3 of 36 µs, 8 of 55 with cold caches.
 
-    ``apply_here`` is for callers that know of no transform of functorch, active or past, and takes as much less again.
+    Under nested transforms of torch.func the dispatcher calls a kernel of the Autograd key once for each of them, and each
+    time it differentiates for that one alone. ``apply_here`` is for callers that know of no transform, active or past, and
+    takes as much less again.
     """
 
     def __init_subclass__(cls):
@@ -43,15 +47,16 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
+        apply = super(torch.autograd.Function, cls).apply
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
+            with enable_single_level_autograd_function():
+                return apply(*args)
         unwrap = torch._C._functorch.unwrap_if_dead  # what torch's own apply does next
-        args = [unwrap(value) if isinstance(value, torch.Tensor) else value for value in args]
-        return super(torch.autograd.Function, cls).apply(*args)
+        return apply(*[unwrap(value) if isinstance(value, torch.Tensor) else value for value in args])
 
 
 def differentiable(function: type[Function]) -> type[Function]:
-    """Register ``function`` on the Autograd key of its ``operator``.
+    """Register ``function`` on the Autograd key of its ``operator``, which has reverse mode only.
 
     A function that names its differentiable ``inputs`` takes them and then one tuple of the other arguments, each of
     which ``apply`` would otherwise look at (13 of them: 3 of 41 µs).
@@ -65,6 +70,11 @@ def differentiable(function: type[Function]) -> type[Function]:
     tensors = [index for index, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
 
     def kernel(*args):
+        if forward_ad._current_level >= 0 and any(map(has_tangent, args)):
+            raise NotImplementedError(
+                f"mixupe::{name} has no derivative in forward mode (torch.func.jvp, jacfwd, hessian): use reverse mode "
+                "(torch.func.grad, jacrev, jacrev of jacrev)"
+            )
         if torch.is_grad_enabled():
             args = (*args, *defaults[len(args) :])
             wanting = [index for index in tensors if args[index] is not None and args[index].requires_grad]
@@ -74,11 +84,19 @@ def differentiable(function: type[Function]) -> type[Function]:
                 if wanting[-1] >= len(inputs):
                     raise RuntimeError(f"mixupe::{name} is differentiable in {', '.join(inputs)} only")
                 return function.apply(*args[: len(inputs)], args[len(inputs) :])
-        return below_autograd(operator, args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
     library.impl(name, kernel, "Autograd")
     _kernels[operator] = kernel
     return function
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating ``value``."""
+    if forward_ad._current_level < 0:
+        return False
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def detached(operator: Callable) -> Callable:
@@ -88,8 +106,15 @@ def detached(operator: Callable) -> Callable:
 
 
 def below_autograd(operator: Callable, args: tuple) -> Any:
-    """The operator's kernel itself, for use inside its ``Function``."""
-    with torch._C._AutoDispatchBelowAutograd():
+    """The operator's kernel itself, for use inside its ``Function``.
+
+    Under a transform of torch.func that is the kernel of the next outer transform, which may differentiate too, in either
+    mode: both are enabled where a ``Function`` is applied, and disabled while it runs its forward.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
@@ -100,7 +125,7 @@ def call(operator: Callable, *args, **kwargs) -> Any:
     to C++ and back to get there (a forward and backward of mixupe_loss on 256 rows: 200 µs so, 140 µs directly).
     """
     kernel = _kernels.get(operator)
-    if kernel is None or torch.compiler.is_compiling():
+    if kernel is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         kernel = operator
     try:
         return kernel(*args, **kwargs)
