@@ -119,9 +119,11 @@ class Mixup(Drawing):
     def apply(self, draw: Draw, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The rows that :meth:`draw` chose, of any samples (B, ...) such as hidden states, as they are: (N, ...).
 
-        Differentiable in x where there is no ``out``. mean, std, dtype and memory_format are left out. A draw of CutMix is
-        for images of the size it was drawn for.
+        Differentiable in x; with ``out``, x must not require a gradient. mean, std, dtype and memory_format are left out. A
+        draw of CutMix is for images of the size it was drawn for.
         """
+        if out is not None:
+            ops.check_no_gradient(x=x, out=out)
         return write(draw, x, inputs.UNCHANGED, out)
 
     def __call__(

@@ -406,3 +406,12 @@ def test_mix_labels():
     torch.testing.assert_close(mk.mix_labels(labels, partner, lam, 3, label_smoothing=0.3), smooth)
     one_hot = torch.eye(3)[labels]
     torch.testing.assert_close(mk.mix_labels(one_hot, partner, lam, 3), expected)
+
+
+def test_apply_refuses_out_where_a_gradient_is_wanted():
+    mixer, hidden = mk.Mixup(0.4), torch.randn(4, 3, requires_grad=True)
+    draw = mixer.draw(torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match="x must not require a gradient with out"):
+        mixer.apply(draw, hidden, out=torch.empty(4, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(mixer.apply(draw, hidden, out=torch.empty(4, 3)), mixer.apply(draw, hidden))

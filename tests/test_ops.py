@@ -747,6 +747,21 @@ def test_mix_refuses(backend, change, error, message):
         mk.mix(**arguments)
 
 
+@pytest.mark.parametrize("name", ["x", "lam", "out"])
+def test_out_is_refused_where_a_gradient_is_wanted(backend, name):
+    values = {"x": torch.randn(4, 3), "lam": torch.rand(4), "out": torch.zeros(4, 3)}
+    values[name].requires_grad_()
+
+    def mix():
+        return mk.mix(values["x"], "flip", values["lam"], out=values["out"])
+
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient with out"):
+        mix()
+    assert not values["out"].any()
+    with torch.no_grad():
+        torch.testing.assert_close(mix(), mk.mix(values["x"], "flip", values["lam"]))
+
+
 def test_out_is_unchanged_by_bad_input(backend):
     out = torch.full((4, 3), 7.0)
     with pytest.raises(ValueError, match="partner must be in"):

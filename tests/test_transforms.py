@@ -86,6 +86,8 @@ def test_forward_mode_is_refused_in_lam_and_in_mix(backend, logits, target):
         jvp(lambda lam: mk.mixupe_loss(logits, target._replace(lam=lam), eta=0.5), (target.lam,), (target.lam,))
     with pytest.raises(NotImplementedError, match="mixupe::mix has"):
         jvp(lambda lam: mk.mix(logits, "flip", lam), (target.lam,), (torch.ones_like(target.lam),))
+    with pytest.raises(ValueError, match="x must not require a gradient with out"):
+        jvp(lambda x: mk.mix(x, "flip", 0.3, out=torch.empty_like(x)), (logits,), (logits,))
 
 
 def test_forward_mode_through_the_upstream_gradient(logits, target):

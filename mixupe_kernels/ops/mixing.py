@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from .registration import Function, below_autograd, call, define, differentiable
+from .registration import Function, below_autograd, call, define, differentiable, has_tangent
 
 
 def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
@@ -50,15 +50,15 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
             (B, K) int64 mixes K samples instead, with one weight for each in ``lam``.
         lam: weight of the own sample in [0, 1]: a float, a 0-d tensor or (B,); with a (B, K) partner, (B, K) weights.
         out: buffer to write, of x's shape and device (any of the dtypes above). With ``"flip"`` it may be ``x`` itself,
-            which is then mixed in place. Not differentiable, as everywhere in PyTorch.
+            which is then mixed in place. Not differentiable, as everywhere in PyTorch: x and lam must not require a gradient.
 
     Returns:
         (B, ...) of x's dtype, channels_last where x is.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
-        ValueError: for a wrong shape or device, a partner outside [0, B), λ outside [0, 1] or NaN. On CUDA, values
-            are checked by device-side asserts, which report later.
+        ValueError: for a wrong shape or device, a partner outside [0, B), λ outside [0, 1] or NaN, or with ``out`` a tensor
+            that requires a gradient. On CUDA, values are checked by device-side asserts, which report later.
     """
     checks.tensor("x", x)
     checks.dtype("x", x, checks.LOGITS_DTYPES)
@@ -78,6 +78,7 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
     if out is None:
         return call(mix_op, x, partner, lam)
     check_out(out, x.shape, x)
+    check_no_gradient(x=x, lam=lam, out=out)
     call(mix_out_op, x, partner, lam, out=out)
     return out
 
@@ -87,6 +88,13 @@ def check_out(out: Tensor, size: tuple[int, ...], x: Tensor) -> None:
     checks.shape("out", out, size)
     checks.dtype("out", out, checks.LOGITS_DTYPES)
     checks.same_device("out", out, "x", x)
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Refuse to write into ``out`` what is made of, or would overwrite, a tensor that autograd follows."""
+    for name, value in tensors.items():
+        if (torch.is_grad_enabled() and value.requires_grad) or has_tangent(value):
+            raise ValueError(f"{name} must not require a gradient with out")
 
 
 def _mix_many(x: Tensor, partner: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
