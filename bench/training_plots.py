@@ -163,6 +163,7 @@ def step(rows_csv: Path, picture: Path, machine: str) -> None:
             axes.set_visible(False)
         figure.suptitle("What a training step costs", x=0.01, ha="left", fontsize=13, fontweight="bold")
         note = f"Dashed: the {TARGET_RATIO}× target. Diamond: prediction 1 + ρu. Line: quartiles of the turns' ratios."
+        note += f" Bars are cut at {LONGEST_BAR}×."
         figure.text(0.01, 0.012, f"{note}\n{machine}", fontsize=8.5, color="#555555")
         figure.tight_layout(rect=(0, 0.07, 1, 0.99))
         figure.savefig(picture)
