@@ -143,7 +143,7 @@ class OwnParts:
             model.register_forward_hook(self._after_forward)
 
     def mark(self, *_) -> None:
-        """The begin of a step's own part or of a pause in it, and its end."""
+        """The begin or the end of a stretch of a step's own part: there is one before and one after the model."""
         if not self.watches:
             return
         if self.device == "cuda":

@@ -123,7 +123,7 @@ class Mixup(Drawing):
         draw of CutMix is for images of the size it was drawn for.
         """
         if out is not None:
-            ops.check_no_gradient(x=x, out=out)
+            checks.no_gradient("out", x=x, out=out)
         return write(draw, x, inputs.UNCHANGED, out)
 
     def __call__(
@@ -184,8 +184,7 @@ class Mixup(Drawing):
         """The buffer to write, checked; None for fresh memory."""
         if out is None and not self.inplace:
             return None
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"x must not require a gradient with {'inplace' if self.inplace else 'out'}")
+        checks.no_gradient("inplace" if self.inplace else "out", x=x)
         dtype = arguments.dtype or x.dtype
         if self.inplace:
             if out is not None:

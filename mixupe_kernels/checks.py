@@ -11,6 +11,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -81,3 +82,17 @@ def translate(error: RuntimeError) -> Exception:
     first_line = str(error).splitlines()[0] if str(error) else ""
     found = _VALUE_MESSAGE.search(first_line)
     return ValueError(first_line[found.start() :]) if found else error
+
+
+def has_tangent(*values: object) -> bool:
+    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating one of the values."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )
+
+
+def no_gradient(destination: str, **tensors: Tensor) -> None:
+    """Refuse to write, into what the argument ``destination`` names, where autograd follows one of the tensors."""
+    for name, value in tensors.items():
+        if (torch.is_grad_enabled() and value.requires_grad) or has_tangent(value):
+            raise ValueError(f"{name} must not require a gradient with {destination}")

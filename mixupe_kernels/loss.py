@@ -164,8 +164,8 @@ def _loss(
     transformed = torch._C._are_functorch_transforms_active()
     if transformed and options.inplace_backward:
         raise ValueError("inplace_backward must be False under a transform of torch.func")
-    composed = q is not None or options.operator is None or (learned_target and torch.is_grad_enabled())
-    if composed or transformed:
+    own_part = q is not None or options.operator is None
+    if own_part or transformed or (learned_target and torch.is_grad_enabled()):
         return composed_loss(rows, parts, eta, reg_weight, num_mixed, num_reg, options, q)
     arguments = (*parts, eta, reg_weight, num_mixed, num_reg, *options.operator)
     if options.inplace_backward:
@@ -221,7 +221,7 @@ def _wants_gradient_now(rows: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and not ops.has_tangent(rows)
+        and not checks.has_tangent(rows)
     )
 
 

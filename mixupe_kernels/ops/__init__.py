@@ -16,8 +16,8 @@ from .losses import (
     mixupe_loss_backward_out_op,
     mixupe_loss_op,
 )
-from .mixing import check_no_gradient, gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import below_autograd, call, has_tangent, operators
+from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
+from .registration import below_autograd, call, operators
 
 __all__ = [
     "BCEEntropy",
@@ -34,9 +34,7 @@ __all__ = [
     "ce_entropy",
     "ce_entropy_backward_op",
     "ce_entropy_op",
-    "check_no_gradient",
     "gather_sum_op",
-    "has_tangent",
     "mix",
     "mix_op",
     "mix_out_op",

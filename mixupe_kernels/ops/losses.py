@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, double_backward, reference
-from .registration import Function, below_autograd, call, define, detached, differentiable, has_tangent
+from .registration import Function, below_autograd, call, define, detached, differentiable
 
 
 class CEEntropy(NamedTuple):
@@ -326,7 +326,7 @@ def _is_one(grad: Tensor) -> bool:
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1 and not has_tangent(grad)
+    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1 and not checks.has_tangent(grad)
 
 
 @differentiable

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from .registration import Function, below_autograd, call, define, differentiable, has_tangent
+from .registration import Function, below_autograd, call, define, differentiable
 
 
 def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
@@ -78,7 +78,7 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
     if out is None:
         return call(mix_op, x, partner, lam)
     check_out(out, x.shape, x)
-    check_no_gradient(x=x, lam=lam, out=out)
+    checks.no_gradient("out", x=x, lam=lam, out=out)
     call(mix_out_op, x, partner, lam, out=out)
     return out
 
@@ -88,13 +88,6 @@ def check_out(out: Tensor, size: tuple[int, ...], x: Tensor) -> None:
     checks.shape("out", out, size)
     checks.dtype("out", out, checks.LOGITS_DTYPES)
     checks.same_device("out", out, "x", x)
-
-
-def check_no_gradient(**tensors: Tensor) -> None:
-    """Refuse to write into ``out`` what is made of, or would overwrite, a tensor that autograd follows."""
-    for name, value in tensors.items():
-        if (torch.is_grad_enabled() and value.requires_grad) or has_tangent(value):
-            raise ValueError(f"{name} must not require a gradient with out")
 
 
 def _mix_many(x: Tensor, partner: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ def differentiable(function: type[Function]) -> type[Function]:
     tensors = [index for index, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
 
     def kernel(*args):
-        if forward_ad._current_level >= 0 and any(map(has_tangent, args)):
+        if checks.has_tangent(*args):
             raise NotImplementedError(
                 f"mixupe::{name} has no derivative in forward mode (torch.func.jvp, jacfwd, hessian): use reverse mode "
                 "(torch.func.grad, jacrev, jacrev of jacrev)"
@@ -90,13 +90,6 @@ def differentiable(function: type[Function]) -> type[Function]:
     library.impl(name, kernel, "Autograd")
     _kernels[operator] = kernel
     return function
-
-
-def has_tangent(value: Any) -> bool:
-    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating ``value``."""
-    if forward_ad._current_level < 0:
-        return False
-    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def detached(operator: Callable) -> Callable:
