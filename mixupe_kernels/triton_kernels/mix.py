@@ -54,15 +54,20 @@ def places(
 
 @triton.jit
 def inside_box(box, step, CHANNELS: tl.constexpr, LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """(which of a tile's elements are inside CutMix's box, whether any is); (None, False) without one."""
-    if box is None:
-        return None, False
+    """Which of a tile's elements are inside CutMix's box."""
+    pixel = (step // CHANNELS if LAST else step) % (HEIGHT * WIDTH)
+    line, column = pixel // WIDTH, pixel % WIDTH
+    inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
+    return inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
+
+
+@triton.jit
+def is_read(weight, cut):
+    """Whether a tile of the sample with this weight is needed: for its weight, or for what is cut."""
+    if cut is None:
+        return weight != 0
     else:
-        pixel = (step // CHANNELS if LAST else step) % (HEIGHT * WIDTH)
-        line, column = pixel // WIDTH, pixel % WIDTH
-        inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
-        inside = inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
-        return inside, tl.max(inside.to(tl.int32), axis=0) == 1
+        return (weight != 0) | (tl.max(cut.to(tl.int32), axis=0) == 1)
 
 
 @triton.jit
@@ -92,9 +97,10 @@ def mix_rows(
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
     step, source, channel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
     mask = step < SIZE
+    # None stays out of inside_box: Triton 3.6 compiles no function that returns it.
+    cut = None if box is None else inside_box(box, step, CHANNELS, OUT_LAST, HEIGHT, WIDTH)
     # Read or not for a whole tile: masks that change from element to element would make loads narrow.
-    cut, any_cut = inside_box(box, step, CHANNELS, OUT_LAST, HEIGHT, WIDTH)
-    own_read, other_read = readable & (weight != 0), readable & ((weight != 1) | any_cut)
+    own_read, other_read = readable & (weight != 0), readable & is_read(1 - weight, cut)
     own = tl.load(x + own_row * X_STRIDE + source, mask=mask & own_read, other=0).to(ACC)
     other = tl.load(x + other_row * X_STRIDE + source, mask=mask & other_read, other=0).to(ACC)
     mixed = affine(blend(own, other, weight, cut), scale, shift, channel, mask)
@@ -118,9 +124,9 @@ def mix_pairs(
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
     step, _, channel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
     mask = step < SIZE
-    cut, any_cut = inside_box(box, step, CHANNELS, LAST, HEIGHT, WIDTH)
-    first_read = inside & ((first_weight != 0) | (second_weight != 1) | any_cut)
-    second_read = inside & ((first_weight != 1) | (second_weight != 0) | any_cut)
+    cut = None if box is None else inside_box(box, step, CHANNELS, LAST, HEIGHT, WIDTH)
+    first_read = inside & ((first_weight != 0) | is_read(1 - second_weight, cut))
+    second_read = inside & ((second_weight != 0) | is_read(1 - first_weight, cut))
     first = tl.load(x + i.to(tl.int64) * X_STRIDE + step, mask=mask & first_read, other=0).to(ACC)
     second = tl.load(x + j.to(tl.int64) * X_STRIDE + step, mask=mask & second_read, other=0).to(ACC)
     mixed = affine(blend(first, second, first_weight, cut), scale, shift, channel, mask)
