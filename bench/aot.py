@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mixupe_kernels.reference import accumulate_dtype
-from mixupe_kernels.triton_kernels import KERNELS
+from mixupe_kernels.conventions import accumulate_dtype
+from mixupe_kernels.ops.triton import KERNELS
 
 from .results import RESULTS, write_csv
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixupe_kernels import reference
+from mixupe_kernels.ops import reference
 
 CHUNK = 1 << 24  # values at a time
 

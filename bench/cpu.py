@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixupe_kernels import backends
+from mixupe_kernels.ops import backends
 
 from . import results, run, workloads
 from .cases import CPU_CASES, FLOAT32, Case, Row, Verdict

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mixupe_kernels import backends
+from mixupe_kernels.ops import backends
 
 from . import data, models, results, timing, training_plots
 from .methods import POLICIES, TARGET_RATIO, make_step

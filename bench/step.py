@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mixupe_kernels import backends
+from mixupe_kernels.ops import backends
 
 from . import models, results, timing, training_plots
 from .methods import TARGET_RATIO

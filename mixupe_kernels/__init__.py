@@ -6,18 +6,22 @@
 >>> criterion(model(x), target).backward()
 """
 
-from . import pairing, sampling
-from .backends import available_backends, use_backend
-from .batch import MixedTarget, Mixup, MixupE, mix_labels
-from .exact import batch_mean, exact_q
-from .forward import forward_mixupe
-from .linear import linear_mixupe_loss
-from .loss import MixupELoss, mixupe_loss, q_hat
-from .manifold import ManifoldMixup
-from .metrics import MixedAccuracy, mixed_accuracy
-from .ops import bce_entropy, ce_entropy, mix
-from .sampling import expected_a_lambda
-from .schedule import LinearRamp
+from .batch import pairing, sampling
+from .batch.forward import forward_mixupe
+from .batch.manifold import ManifoldMixup
+from .batch.mixup import Mixup, MixupE
+from .batch.sampling import expected_a_lambda
+from .batch.schedule import LinearRamp
+from .loss.accuracy import MixedAccuracy, mixed_accuracy
+from .loss.criterion import MixupELoss, mixupe_loss
+from .loss.exact import exact_q, input_mean
+from .loss.linear import linear_mixupe_loss
+from .loss.terms import bce_entropy, ce_entropy, q_hat
+from .ops import mix
+from .ops.backends import available_backends, use_backend
+from .target import MixedTarget, mix_labels
+
+batch_mean = input_mean  # the name until 0.1
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,7 @@ __all__ = [
     "exact_q",
     "expected_a_lambda",
     "forward_mixupe",
+    "input_mean",
     "linear_mixupe_loss",
     "mix",
     "mix_labels",

@@ -7,7 +7,7 @@ import sys
 import torch
 
 import mixupe_kernels
-from mixupe_kernels import backends
+from mixupe_kernels.ops import backends
 
 
 def _version(package: str) -> str:

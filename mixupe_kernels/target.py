@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range
+from .ops import reference
 
 
 class MixedTarget(NamedTuple):
@@ -62,7 +64,7 @@ def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int
         return soft * (1 - label_smoothing) + label_smoothing / num_classes
     rows = labels.new_empty((labels.shape[0], num_classes), dtype=torch.float32, device=labels.device)
     lam = lam.expand(labels.shape[0])
-    reference.check_classes(labels, partner_labels, num_classes, reference.IGNORE_INDEX)
+    reference.check_classes(labels, partner_labels, num_classes, IGNORE_INDEX)
     return reference.dense_target(rows, labels, partner_labels, lam, None, label_smoothing)
 
 
@@ -73,8 +75,8 @@ def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     if num_classes is None:
         raise ValueError("num_classes must be given with num_samples > 2 and class labels, got None")
     if not torch.compiler.is_compiling():  # a graph leaves it to scatter's own check
-        reference.check_classes(labels, None, num_classes, reference.IGNORE_INDEX)
-    kept = (labels != reference.IGNORE_INDEX).unsqueeze(1)
+        reference.check_classes(labels, None, num_classes, IGNORE_INDEX)
+    kept = (labels != IGNORE_INDEX).unsqueeze(1)
     rows = torch.zeros(labels.shape[0], num_classes, device=labels.device)
     return rows.scatter_(1, labels.unsqueeze(1).where(kept, 0), kept.float())
 
@@ -125,9 +127,83 @@ def mix_labels(
     checks.tensor("partner", partner)
     check_labels(labels, labels.shape[0] if labels.dim() else 0, partner)
     checks.shape("partner", partner, labels.shape[:1])
-    reference.check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
+    check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
     if isinstance(lam, Tensor):
-        reference.check_range("lam", lam, 0, 1, "in [0, 1]")
+        check_range("lam", lam, 0, 1, "in [0, 1]")
     else:
         lam = torch.full((), checks.fraction("lam", lam), device=labels.device)
     return _dense(labels, labels[partner], lam, num_classes, label_smoothing)
+
+
+class Target(NamedTuple):
+    """A target as the operators take it: (N,) indices, two of them with ``lam``, or dense (N, C)."""
+
+    target: Tensor
+    partner: Tensor | None = None
+    lam: Tensor | None = None
+
+
+def _needs_nothing(labels, partner, lam, logits: Tensor) -> bool:
+    """Whether a MixedTarget already is what the operators take: the case of every step, so it is asked first (2 µs)."""
+    return (
+        isinstance(labels, Tensor)
+        and isinstance(partner, Tensor)
+        and isinstance(lam, Tensor)
+        and labels.dtype is partner.dtype is torch.int64
+        and lam.dtype is accumulate_dtype(logits.dtype)
+        and labels.shape == partner.shape == lam.shape == logits.shape[:-1]
+        and labels.dim() == 1
+        and labels.device == partner.device == lam.device == logits.device
+    )
+
+
+def as_target(target: Tensor | tuple, logits: Tensor, name: str = "target") -> Target:
+    """Check a MixedTarget, class indices or soft targets against ``logits`` (..., C), and flatten to rows.
+
+    Soft labels of a MixedTarget are mixed here, λ·labels + (1 - λ)·partner_labels: one (N, C) tensor.
+    """
+    compute, leading = accumulate_dtype(logits.dtype), logits.shape[:-1]
+    if not isinstance(target, tuple):
+        checks.tensor(name, target)
+        checks.same_device(name, target, "logits", logits)
+        if target.is_floating_point():
+            checks.shape(name, target, logits.shape)
+            return Target(target.to(compute).reshape(-1, logits.shape[-1]))
+        checks.dtype(name, target, (torch.int64,))
+        checks.shape(name, target, leading)
+        return Target(target.reshape(-1))
+    labels, partner, lam = target[:3]
+    if _needs_nothing(labels, partner, lam, logits):
+        return Target(labels, partner, lam)
+    for part, value in ((f"{name}.labels", labels), (f"{name}.partner_labels", partner), (f"{name}.lam", lam)):
+        checks.tensor(part, value)
+        checks.same_device(part, value, "logits", logits)
+    checks.shape(f"{name}.partner_labels", partner, labels.shape)
+    checks.shape(f"{name}.lam", lam, labels.shape[:1])
+    lam = lam.to(compute)
+    if labels.is_floating_point():
+        checks.shape(f"{name}.labels", labels, logits.shape)
+        weight = lam.view(-1, *[1] * (labels.dim() - 1))
+        mixed = torch.lerp(partner.to(compute), labels.to(compute), weight)
+        return Target(mixed.reshape(-1, logits.shape[-1]))
+    checks.dtype(f"{name}.labels", labels, (torch.int64,))
+    checks.dtype(f"{name}.partner_labels", partner, (torch.int64,))
+    checks.shape(f"{name}.labels", labels, leading)
+    if labels.dim() > 1:
+        lam = lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
+    return Target(labels.reshape(-1), partner.reshape(-1), lam.reshape(-1))
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """Check ``logits`` (..., C) and view them as (N, C)."""
+    checks.tensor("logits", logits)
+    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def as_multilabel(target: Target) -> Target:
+    if target.target.dim() != 2:
+        raise TypeError("target must be floating point (..., C) for a sigmoid model, got class indices")
+    return target

@@ -2,7 +2,7 @@
 
 import torch
 
-from mixupe_kernels import reference
+from mixupe_kernels import conventions
 
 # (rows, classes): one class, two, odd, a multiple of every vector width, past one block of a backend's loop.
 SHAPES = [(0, 5), (1, 1), (4, 2), (3, 7), (17, 33), (6, 1000), (2, 21841)]
@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def compute_dtype(dtype):
-    return reference.accumulate_dtype(dtype)
+    return conventions.accumulate_dtype(dtype)
 
 
 def make_logits(shape, dtype, layout="contiguous", device="cpu", scale=4.0):

@@ -16,7 +16,7 @@ def pytest_configure(config):
 def backend(request):
     """Each CPU backend in turn. The Triton kernels have the same cases in test_triton_interpreter.py."""
     if request.param not in mk.available_backends():
-        pytest.skip(f"backend {request.param} is not available: {mk.backends.missing_backends()[request.param]}")
+        pytest.skip(f"backend {request.param} is not available: {mk.ops.backends.missing_backends()[request.param]}")
     with mk.use_backend(request.param):
         yield request.param
 

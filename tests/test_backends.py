@@ -8,7 +8,7 @@ import torch
 
 import mixupe_kernels as mk
 from mixupe_kernels import __main__ as doctor
-from mixupe_kernels import backends, reference
+from mixupe_kernels.ops import backends, reference
 
 
 def test_reference_is_always_there():
@@ -52,7 +52,7 @@ def test_unknown_and_missing_backends_are_refused():
 
 
 def test_missing_library_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "_HERE", tmp_path)
+    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
     assert "C++ compiler" in backends._load_library("_cpu")
     (tmp_path / "_build_log.txt").write_text("cmake was not found\n")
     assert "cmake was not found" in backends._load_library("_cpu")

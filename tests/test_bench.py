@@ -71,7 +71,7 @@ def test_checks_in_chunks_agree_with_the_whole(monkeypatch):
     assert len(list(check.chunks(20, 11))) == 10
     _, gradient = workload.calls["reference"](workload.inputs)
     target = workload.inputs.target
-    loss, *_ = mk.reference.mixupe_loss(
+    loss, *_ = mk.ops.reference.mixupe_loss(
         workload.inputs.logits.detach().double(), *target, workload.inputs.eta.double(),
         workload.inputs.reg_weight.double(), 10, 10,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_measure_times_what_is_right():
     rows, verdicts = cpu.measure(case, rounds=3, compiler=identity)
     by_provider = {row.provider: row for row in rows}
     assert all(row.seconds > 0 and row.seconds_low <= row.seconds <= row.seconds_high for row in rows)
-    assert by_provider[mk.backends.serving("cpu")].speedup == 1
+    assert by_provider[mk.ops.backends.serving("cpu")].speedup == 1
     assert [verdict.met for verdict in verdicts] == [True, False]
     assert verdicts[0].measured == by_provider[EAGER].speedup
 

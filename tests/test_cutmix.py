@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mixupe_kernels as mk
-from mixupe_kernels import cutmix
-from mixupe_kernels.batch import write
+from mixupe_kernels.batch import cutmix
+from mixupe_kernels.batch.mixup import write
 
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import mixupe_kernels as mk
 from bench.timing import CudaTimer
-from mixupe_kernels import reference
+from mixupe_kernels.ops import reference
 
 from .test_ops import (  # noqa: F401, collected here with this module's fixtures
     test_a_flip_inside_a_box_may_be_in_place,
@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     if request.param not in mk.available_backends():
-        pytest.skip(f"backend {request.param} is not available: {mk.backends.missing_backends()[request.param]}")
+        pytest.skip(f"backend {request.param} is not available: {mk.ops.backends.missing_backends()[request.param]}")
     with mk.use_backend(request.param), torch.device("cuda"):
         yield request.param
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mixupe_kernels as mk
-from mixupe_kernels import inputs
+from mixupe_kernels.batch import inputs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYOUTS = ["contiguous", "channels_last", "sliced"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
-from mixupe_kernels import reference
+from mixupe_kernels import conventions
+from mixupe_kernels.ops import reference
 
 from .cases import DTYPES, SHAPES, TARGETS, assert_accurate, compute_dtype, make_logits, make_target, to_double
 
@@ -27,7 +28,7 @@ def with_options(target, classes, dtype, smoothing=0.0, weighted=False):
 
 def check_ce_entropy(logits, target, sigmoid=False):
     """Forward and backward with random upstream gradients, against float64 and against PyTorch in the same dtype."""
-    options = (reference.IGNORE_INDEX, sigmoid)
+    options = (conventions.IGNORE_INDEX, sigmoid)
     truth = reference.ce_entropy(logits.double(), *to_double(target), *options)
     peer = reference.ce_entropy(logits, *target, *options)
     outputs = ops.ce_entropy(logits, *target, *options)
@@ -227,7 +228,7 @@ LOSS_CASES = [
 ]
 
 
-@pytest.mark.parametrize("penalty", range(3), ids=reference.PENALTIES)
+@pytest.mark.parametrize("penalty", range(3), ids=conventions.PENALTIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [*TARGETS, "sigmoid"])
 @pytest.mark.parametrize("counts", LOSS_CASES, ids=lambda case: case[0])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixupe_kernels import reference
+from mixupe_kernels.ops import reference
 
 from .cases import DTYPES, TARGETS, assert_accurate, make_target, to_double
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import mixupe_kernels as mk
-from mixupe_kernels import reference
+from mixupe_kernels import conventions
+from mixupe_kernels.ops import reference
 
 from .cases import make_target
 
@@ -103,7 +104,7 @@ def naive_loss(logits, target, y, eta, penalty, rescale, threshold, sigmoid=Fals
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("penalty", reference.PENALTIES)
+@pytest.mark.parametrize("penalty", conventions.PENALTIES)
 @pytest.mark.parametrize("kind", ["mixed", "dense", "sigmoid"])
 @pytest.mark.parametrize("counts", [(6, 6), (12, 12), (8, 4), (12, 0)], ids=["halves", "mixed", "split", "none"])
 def test_mixupe_loss_is_the_papers(logits, kind, counts, penalty, rescale):

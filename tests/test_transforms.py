@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 import mixupe_kernels as mk
-from mixupe_kernels import constants
+from mixupe_kernels import conventions
 
 ROWS, CLASSES, MEMBERS = 6, 5, 3
 # What vmap says of a loop.
@@ -137,7 +137,7 @@ def test_a_criterion_keeps_nothing_of_a_transform(logits, target):
     assert criterion.last.mix_loss > 0
     torch.testing.assert_close(loss, mk.mixupe_loss(logits, target, eta=0.5))
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    assert not any(wrapped(tensor) for tensor in [*criterion._eta.values(), *constants._tensors.values()])
+    assert not any(wrapped(tensor) for tensor in [*criterion._eta.values(), *conventions._tensors.values()])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.runtime.jit import JITFunction
 
 from bench.aot import CALLS, TARGETS, Case, cases, compile_case
-from mixupe_kernels.triton_kernels import launch
+from mixupe_kernels.ops.triton import launch
 
 ROOT = Path(__file__).parents[1]
 REPRESENTATIVE = [

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from mixupe_kernels import reference
+from mixupe_kernels.ops import reference
 from tests.cases import DTYPES, SHAPES, TARGETS, assert_accurate, compute_dtype, make_logits, make_target, to_double
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import triton.runtime.interpreter
 
-from mixupe_kernels.triton_kernels import KERNELS, launch
+from mixupe_kernels.ops.triton import KERNELS, launch
 
 # Arithmetic on -∞ and NaN is guarded, so NumPy, which the interpreter computes with, has nothing to warn about.
 pytestmark = pytest.mark.filterwarnings("error")

@@ -1,16 +1,8 @@
 """``torch.ops.mixupe.*`` and the public functions over them. Importing this declares every operator."""
 
 from .losses import (
-    BCEEntropy,
-    CEEntropy,
     MixupELossWithGradient,
-    Target,
-    as_multilabel,
-    as_rows,
-    as_target,
     backward_options,
-    bce_entropy,
-    ce_entropy,
     ce_entropy_backward_op,
     ce_entropy_op,
     mixupe_loss_backward_out_op,
@@ -20,18 +12,10 @@ from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
 from .registration import below_autograd, call, operators
 
 __all__ = [
-    "BCEEntropy",
-    "CEEntropy",
     "MixupELossWithGradient",
-    "Target",
-    "as_multilabel",
-    "as_rows",
-    "as_target",
     "backward_options",
-    "bce_entropy",
     "below_autograd",
     "call",
-    "ce_entropy",
     "ce_entropy_backward_op",
     "ce_entropy_op",
     "gather_sum_op",

@@ -1,24 +1,16 @@
-"""ce_entropy and mixupe_loss with their backwards. Per operator: schema, public function, fake, backward."""
-
-from typing import NamedTuple
+"""ce_entropy and mixupe_loss with their backwards. Per operator: schema, fake, backward."""
 
 import torch
 from torch import Tensor
 
-from .. import checks, double_backward, reference
+from .. import checks
+from ..conventions import accumulate_dtype
+from . import double_backward
 from .registration import Function, below_autograd, call, define, detached, differentiable
 
 
-class CEEntropy(NamedTuple):
-    """Per row: cross-entropy, entropy of the prediction, log-sum-exp of the logits."""
-
-    ce: Tensor
-    entropy: Tensor
-    lse: Tensor
-
-
 def _ce_entropy_fake(logits, *args, **kwargs):
-    compute = reference.accumulate_dtype(logits.dtype)
+    compute = accumulate_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[:1], dtype=compute) for _ in range(3))
 
 
@@ -34,153 +26,6 @@ ce_entropy_backward_op = define(
         logits, memory_format=torch.contiguous_format
     ),
 )
-
-
-class Target(NamedTuple):
-    """A target as the operators take it: (N,) indices, two of them with ``lam``, or dense (N, C)."""
-
-    target: Tensor
-    partner: Tensor | None = None
-    lam: Tensor | None = None
-
-
-def _needs_nothing(labels, partner, lam, logits: Tensor) -> bool:
-    """Whether a MixedTarget already is what the operators take: the case of every step, so it is asked first (2 µs)."""
-    return (
-        isinstance(labels, Tensor)
-        and isinstance(partner, Tensor)
-        and isinstance(lam, Tensor)
-        and labels.dtype is partner.dtype is torch.int64
-        and lam.dtype is reference.accumulate_dtype(logits.dtype)
-        and labels.shape == partner.shape == lam.shape == logits.shape[:-1]
-        and labels.dim() == 1
-        and labels.device == partner.device == lam.device == logits.device
-    )
-
-
-def as_target(target: Tensor | tuple, logits: Tensor, name: str = "target") -> Target:
-    """Check a MixedTarget, class indices or soft targets against ``logits`` (..., C), and flatten to rows.
-
-    Soft labels of a MixedTarget are mixed here, λ·labels + (1 - λ)·partner_labels: one (N, C) tensor.
-    """
-    compute, leading = reference.accumulate_dtype(logits.dtype), logits.shape[:-1]
-    if not isinstance(target, tuple):
-        checks.tensor(name, target)
-        checks.same_device(name, target, "logits", logits)
-        if target.is_floating_point():
-            checks.shape(name, target, logits.shape)
-            return Target(target.to(compute).reshape(-1, logits.shape[-1]))
-        checks.dtype(name, target, (torch.int64,))
-        checks.shape(name, target, leading)
-        return Target(target.reshape(-1))
-    labels, partner, lam = target[:3]
-    if _needs_nothing(labels, partner, lam, logits):
-        return Target(labels, partner, lam)
-    for part, value in ((f"{name}.labels", labels), (f"{name}.partner_labels", partner), (f"{name}.lam", lam)):
-        checks.tensor(part, value)
-        checks.same_device(part, value, "logits", logits)
-    checks.shape(f"{name}.partner_labels", partner, labels.shape)
-    checks.shape(f"{name}.lam", lam, labels.shape[:1])
-    lam = lam.to(compute)
-    if labels.is_floating_point():
-        checks.shape(f"{name}.labels", labels, logits.shape)
-        weight = lam.view(-1, *[1] * (labels.dim() - 1))
-        mixed = torch.lerp(partner.to(compute), labels.to(compute), weight)
-        return Target(mixed.reshape(-1, logits.shape[-1]))
-    checks.dtype(f"{name}.labels", labels, (torch.int64,))
-    checks.dtype(f"{name}.partner_labels", partner, (torch.int64,))
-    checks.shape(f"{name}.labels", labels, leading)
-    if labels.dim() > 1:
-        lam = lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
-    return Target(labels.reshape(-1), partner.reshape(-1), lam.reshape(-1))
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """Check ``logits`` (..., C) and view them as (N, C)."""
-    checks.tensor("logits", logits)
-    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
-    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-
-
-def ce_entropy(
-    logits: Tensor,
-    target: Tensor | tuple,
-    *,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    class_weight: Tensor | None = None,
-) -> CEEntropy:
-    """Cross-entropy, entropy of the softmax and log-sum-exp of each row, in one pass over the logits.
-
-    MixupE's q̂ (Zou et al., 2023, eq. 5) is entropy - ce; plain mixup, RegMixup, the confidence penalty and z-loss are
-    other one-line expressions of the three. All are differentiable, any number of times, in the logits, in soft
-    targets and in λ, under torch.func too, where ``vmap`` loops over what it maps; for the backward two floats a row are
-    kept beside the arguments. Forward mode (``jvp``) is refused.
-
-    Args:
-        logits: (..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
-            Rows need not be adjacent; a last dimension that is not contiguous is copied.
-        target: :class:`MixedTarget`, (...) int64 class indices, or (..., C) soft targets (copied to float32 unless they
-            are). They need not sum to 1.
-        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
-        ignore_index: label that adds nothing: a row of such labels only has ce 0. Index targets only.
-        class_weight: (C,) weight of each class in ce, as ``weight`` in :func:`torch.nn.functional.cross_entropy`.
-
-    Returns:
-        ``(ce, entropy, lse)``, each of shape (...) in nats, float32 (float64 for float64 logits).
-
-    Raises:
-        TypeError: for an argument of the wrong type or dtype.
-        ValueError: for a wrong shape, device or number, or a label outside [0, C). On CUDA, labels are checked on the
-            device, without synchronising.
-    """
-    rows = as_rows(logits)
-    parts = as_target(target, logits)
-    if class_weight is not None:
-        checks.tensor("class_weight", class_weight)
-        checks.shape("class_weight", class_weight, logits.shape[-1:])
-        checks.same_device("class_weight", class_weight, "logits", logits)
-        class_weight = class_weight.to(reference.accumulate_dtype(logits.dtype))
-    smoothing = checks.fraction("label_smoothing", label_smoothing)
-    outputs = call(ce_entropy_op, rows, *parts, class_weight, smoothing, ignore_index, False)
-    return CEEntropy(*(output.view(logits.shape[:-1]) for output in outputs))
-
-
-class BCEEntropy(NamedTuple):
-    """Per row, summed over the classes: binary cross-entropy, entropy of the sigmoids."""
-
-    ce: Tensor
-    entropy: Tensor
-
-
-def bce_entropy(logits: Tensor, target: Tensor | tuple) -> BCEEntropy:
-    """Binary cross-entropy and entropy of each row of a sigmoid (multi-label) model, summed over its classes.
-
-    BCE_i = Σ_k softplus(z_k) - y_k z_k and H_i = Σ_k softplus(z_k) - σ(z_k) z_k, so that again q̂ = entropy - ce
-    (MixupE, eq. 5 with h = log(1 + e^f)).
-
-    Args:
-        logits: (..., C), as for :func:`ce_entropy`.
-        target: (..., C) floating point, or a :class:`MixedTarget` with such labels.
-
-    Returns:
-        ``(ce, entropy)``, each of shape (...) in nats, float32 (float64 for float64 logits).
-
-    Raises:
-        TypeError, ValueError: as :func:`ce_entropy`; class indices are refused.
-    """
-    rows = as_rows(logits)
-    parts = as_multilabel(as_target(target, logits))
-    ce, entropy, _ = call(ce_entropy_op, rows, *parts, None, 0.0, reference.IGNORE_INDEX, True)
-    return BCEEntropy(ce.view(logits.shape[:-1]), entropy.view(logits.shape[:-1]))
-
-
-def as_multilabel(target: Target) -> Target:
-    if target.target.dim() != 2:
-        raise TypeError("target must be floating point (..., C) for a sigmoid model, got class indices")
-    return target
 
 
 @differentiable
@@ -229,7 +74,7 @@ class _CEEntropyBackward(Function):
 
 
 def _mixupe_loss_fake(logits, *args, **kwargs):
-    compute = reference.accumulate_dtype(logits.dtype)
+    compute = accumulate_dtype(logits.dtype)
     return tuple(logits.new_empty(size, dtype=compute) for size in ((), (5,), *[logits.shape[:1]] * 2))
 
 

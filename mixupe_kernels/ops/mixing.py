@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks
+from ..conventions import accumulate_dtype, row_format
+from . import reference
 from .registration import Function, below_autograd, call, define, differentiable
 
 
 def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
     """λ as a tensor of the compute dtype on ``like``'s device: 0-d, or one per row."""
-    compute = reference.accumulate_dtype(like.dtype)
+    compute = accumulate_dtype(like.dtype)
     if not isinstance(lam, Tensor):
         return torch.full((), checks.fraction("lam", lam), dtype=compute, device=like.device)
     checks.dtype("lam", lam, checks.LOGITS_DTYPES)
@@ -22,7 +24,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
 def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None, box=None):
     reference.check_box(box, x)
     size = x.shape if rows is None else (rows.shape[0], *x.shape[1:])
-    memory_format = memory_format or reference.row_format(x)
+    memory_format = memory_format or row_format(x)
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
 
@@ -102,7 +104,7 @@ def _mix_many(x: Tensor, partner: Tensor, weight: Tensor, out: Tensor | None) ->
     offsets = torch.arange(0, rows * terms + 1, max(terms, 1), device=x.device)[: rows + 1]
     if terms == 0:
         offsets = offsets.new_zeros(rows + 1)
-    weight = weight.to(reference.accumulate_dtype(x.dtype)).reshape(-1)
+    weight = weight.to(accumulate_dtype(x.dtype)).reshape(-1)
     return call(gather_sum_op, x, partner.reshape(-1), weight, offsets)
 
 
@@ -197,7 +199,7 @@ gather_sum_op = define(
 )
 row_dot_op = define(
     "row_dot(Tensor a, Tensor b, Tensor a_index, Tensor b_index) -> Tensor",
-    lambda a, b, a_index, b_index: a.new_empty(a_index.shape, dtype=reference.accumulate_dtype(a.dtype)),
+    lambda a, b, a_index, b_index: a.new_empty(a_index.shape, dtype=accumulate_dtype(a.dtype)),
 )
 
 

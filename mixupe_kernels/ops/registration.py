@@ -14,7 +14,8 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .. import checks, reference
+from .. import checks
+from . import reference
 
 library = torch.library.Library("mixupe", "DEF")
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from . import ops, reference
+from . import operators, reference
 
-_HERE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def _load_library(name: str) -> str:
     """Load a compiled library; return why it could not be, or an empty string."""
-    path = _HERE / f"{name}.so"
+    path = _PACKAGE / f"{name}.so"
     if not path.exists():
-        log = _HERE / "_build_log.txt"
+        log = _PACKAGE / "_build_log.txt"
         reason = log.read_text().strip() if log.exists() else "install with a C++ compiler, see README"
         return f"{path.name} is not built: {reason}"
     try:
@@ -80,9 +80,9 @@ def available_backends() -> list[str]:
 def _functions(name: str) -> dict[str, Callable]:
     """What to put over the compiled kernels of a dispatch key; nothing, where they are what is wanted."""
     if name == "reference":
-        return {operator: getattr(reference, operator) for operator in ops.operators()}
+        return {operator: getattr(reference, operator) for operator in operators()}
     if name == "triton":
-        return importlib.import_module("mixupe_kernels.triton_kernels").KERNELS
+        return importlib.import_module("mixupe_kernels.ops.triton").KERNELS
     return {}
 
 

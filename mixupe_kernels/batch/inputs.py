@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .constants import constant
-from .reference import accumulate_dtype
+from .. import checks
+from ..conventions import accumulate_dtype, constant
 
 FORMATS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and the dimensions each is for
 

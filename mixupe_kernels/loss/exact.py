@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from . import checks
+from .. import checks
 
 
 class _DifferentiableBatchNorm(TorchFunctionMode):
@@ -55,7 +55,7 @@ def exact_q(
         x: (B, ...) clean inputs, floating point.
         labels: (B,) int64 classes or (B, C) soft labels.
         x_mean: E[x'], the mean of the training inputs, of shape ``x.shape[1:]`` or one that broadcasts to it: see
-            :func:`batch_mean`.
+            :func:`input_mean`.
         detach_residual: treat p - y as a constant.
 
     Returns:
@@ -96,7 +96,7 @@ def exact_q(
     return ((residual.detach() if detach_residual else residual) * tangent).sum(1)
 
 
-def batch_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
+def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
     """E[x'], the mean of all inputs of a data loader, for :func:`exact_q`.
 
     Args:

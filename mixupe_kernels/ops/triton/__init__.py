@@ -1,6 +1,6 @@
 """The operators in Triton, for CUDA tensors (for CPU tensors under TRITON_INTERPRET=1): ``KERNELS`` by operator name.
 
-Each function has the signature of the one of its name in ``mixupe_kernels.reference``. Values out of range are not
+Each function has the signature of the one of its name in ``mixupe_kernels.ops.reference``. Values out of range are not
 read: they make their row NaN, where the reference raises. A device-side assert would need ``debug=True``.
 """
 

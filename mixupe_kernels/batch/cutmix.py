@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .constants import constant
+from ..conventions import constant
 
 
 def draw_box(lam: Tensor, height: int, width: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

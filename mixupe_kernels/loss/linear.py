@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference
-from .loss import _count_rows, _Options, _scalar
+from .. import checks, ops
+from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype
+from ..ops import reference
+from ..target import Target, as_multilabel, as_target
+from .criterion import _count_rows, _Options, _scalar
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
 # speed, small beside any model.
@@ -16,7 +19,7 @@ def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _of_chunk(target: ops.Target, chunk: slice) -> tuple[Tensor | None, ...]:
+def _of_chunk(target: Target, chunk: slice) -> tuple[Tensor | None, ...]:
     return tuple(None if part is None else part[chunk] for part in target)
 
 
@@ -31,16 +34,16 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, partner, lam, eta, reg_weight, dtype, chunk_rows, options):
-        target = ops.Target(target, partner, lam)
+        target = Target(target, partner, lam)
         *_, smoothing, sigmoid = options
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         count, classes = hidden.shape[0], weight.shape[0]
         buffer = hidden.new_empty((min(chunk_rows, count), classes), dtype=dtype)
-        rows = [hidden.new_empty(count, dtype=reference.accumulate_dtype(dtype)) for _ in range(3)]
+        rows = [hidden.new_empty(count, dtype=accumulate_dtype(dtype)) for _ in range(3)]
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(count, chunk_rows):
                 logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
-                row_options = (None, smoothing, reference.IGNORE_INDEX, sigmoid)
+                row_options = (None, smoothing, IGNORE_INDEX, sigmoid)
                 outputs = ops.call(ops.ce_entropy_op, logits, *_of_chunk(target, chunk), *row_options)
                 for row, output in zip(rows, outputs, strict=True):
                     row[chunk] = output
@@ -57,7 +60,7 @@ class _LinearLoss(torch.autograd.Function):
                 "linear_mixupe_loss is differentiable once: for create_graph=True use mixupe_loss of the logits"
             )
         hidden, weight, bias, target, partner, lam, parts, signed_entropy, lse = ctx.saved_tensors
-        target, options = ops.Target(target, partner, lam), ops.backward_options(*ctx.options)
+        target, options = Target(target, partner, lam), ops.backward_options(*ctx.options)
         *_, smoothing, sigmoid = options
         coefficients = reference.loss_coefficients(grad, target.target, parts, signed_entropy, *options)
         entropy, _ = reference.split_sign(signed_entropy)
@@ -65,7 +68,7 @@ class _LinearLoss(torch.autograd.Function):
         buffer = hidden.new_empty((min(ctx.chunk_rows, hidden.shape[0]), weight.shape[0]), dtype=ctx.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Sums over chunks are float32 (float64), whatever the logits are.
-        wide = reference.accumulate_dtype(ctx.dtype)
+        wide = accumulate_dtype(ctx.dtype)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
@@ -74,7 +77,7 @@ class _LinearLoss(torch.autograd.Function):
             logits = _logits(inputs, matrix, offset, buffer)
             dz = ops.ce_entropy_backward_op(
                 *(c[chunk] for c in coefficients), logits, entropy[chunk], lse[chunk], *_of_chunk(target, chunk),
-                None, smoothing, reference.IGNORE_INDEX, sigmoid,
+                None, smoothing, IGNORE_INDEX, sigmoid,
             )  # fmt: skip
             if needs_hidden:
                 d_hidden[chunk] = dz @ matrix
@@ -136,14 +139,14 @@ def linear_mixupe_loss(
         checks.shape("bias", bias, (classes,))
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
-    penalty = checks.choice("penalty", penalty, reference.PENALTIES)  # no function here
+    penalty = checks.choice("penalty", penalty, PENALTIES)  # no function here
     options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward=False)
     # An expanded scalar stands for the logits in the checks: their shape, dtype and device, and no memory.
     probe = F.linear(hidden[:0], weight, bias)
     like = probe.new_empty(()).expand(hidden.shape[0], classes)
-    rows_target = ops.as_target(target, like)
+    rows_target = as_target(target, like)
     if options.sigmoid:
-        ops.as_multilabel(rows_target)
+        as_multilabel(rows_target)
     num_mixed, num_reg, reg_weight = _count_rows(target, like)
     return _LinearLoss.apply(
         hidden, weight, bias, *rows_target, _scalar("eta", eta, like), reg_weight, like.dtype,

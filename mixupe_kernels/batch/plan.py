@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cutmix, ops, sampling
+from .. import checks, ops
+from ..conventions import constant, sequence
+from ..target import MixedTarget, one_hot
+from . import cutmix, sampling
 from . import pairing as pairings
-from .constants import constant, sequence
 from .schedule import LinearRamp
-from .target import MixedTarget, one_hot
 
 
 class Draw(NamedTuple):

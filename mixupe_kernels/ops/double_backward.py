@@ -7,6 +7,7 @@ times. Notation as in ``reference``; v is the upstream gradient of dz.
 import torch
 from torch import Tensor
 
+from ..conventions import IGNORE_INDEX
 from . import reference
 from .reference import _or_zero, _zero_where
 
@@ -102,7 +103,7 @@ def mixupe_loss_double_backward(
     ``grad``; entropy and lse are functions of the logits, so their gradients go back through ``ce_entropy_backward``.
     """
     smoothing, sigmoid = options[-2:]
-    target_options = (target, partner, lam, None, smoothing, reference.IGNORE_INDEX, sigmoid)
+    target_options = (target, partner, lam, None, smoothing, IGNORE_INDEX, sigmoid)
     coefficients = reference.loss_coefficients(torch.ones_like(grad), target, parts, signed_entropy, *options)
     entropy, _ = reference.split_sign(signed_entropy)
     scaled = [grad * coefficient for coefficient in coefficients]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import accumulate_dtype
+from ...conventions import accumulate_dtype
 from .launch import Tile, launch_tiled
 
 # A program adds up this many tiles of a row_dot before another takes over: long rows (3·224·224) fill the device

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks
-from .constants import sequence
+from .. import checks
+from ..conventions import sequence
 
 
 def random(size, generator, device, labels=None, ids=None) -> Tensor:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .batch import MixedTarget
+from .. import checks
+from ..target import MixedTarget, as_rows
 
 
 class MixedAccuracy(NamedTuple):
@@ -33,7 +33,7 @@ def mixed_accuracy(logits: Tensor, target: MixedTarget, topk: Sequence[int] = (1
     Raises:
         TypeError, ValueError: for an argument of the wrong type, shape or value.
     """
-    logits = ops.as_rows(logits).detach()
+    logits = as_rows(logits).detach()
     if not isinstance(target, MixedTarget):
         raise TypeError(f"target must be a MixedTarget, got {type(target).__name__}")
     checks.shape("target.lam", target.lam, logits.shape[:1])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import IGNORE_INDEX, accumulate_dtype
+from ...conventions import IGNORE_INDEX, accumulate_dtype
 from .launch import Tile, launch_tiled, splits_for
 from .rows import (
     PEEL_FROM,

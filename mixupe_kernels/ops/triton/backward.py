@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import IGNORE_INDEX
+from ...conventions import IGNORE_INDEX
 from .launch import Tile, launch_tiled
 from .rows import (
     PEEL_FROM,

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks
-from .batch import MixedTarget
+from .. import checks
+from ..target import MixedTarget
 
 
 def forward_mixupe(

@@ -2,7 +2,7 @@
 
 import math
 
-from . import checks
+from .. import checks
 
 
 class LinearRamp:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .batch import Mixup
-from .drawing import Draw
-from .target import MixedTarget, check_ids, check_labels
+from .. import checks
+from ..target import MixedTarget, check_ids, check_labels
+from .mixup import Mixup
+from .plan import Draw
 
 INPUT = "input"
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, inputs, ops, reference
-from .constants import constant, sequence
-from .drawing import Draw, Drawing, Layout, one, plain_draw
-from .target import MixedTarget, check_ids, check_labels, mix_labels
-
-__all__ = ["MixedTarget", "Mixup", "MixupE", "mix_labels"]
+from .. import checks, ops
+from ..conventions import accumulate_dtype, constant, row_format, sequence
+from ..target import MixedTarget, check_ids, check_labels
+from . import inputs
+from .plan import Draw, Drawing, Layout, one, plain_draw
 
 
 def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None) -> Tensor:
@@ -23,14 +22,14 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     scale, shift, dtype, memory_format = arguments
     if draw.plain and out is None and scale is None and dtype in (None, x.dtype):
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
-    compute = reference.accumulate_dtype(x.dtype)
+    compute = accumulate_dtype(x.dtype)
     if draw.offsets is not None:
         if arguments != inputs.UNCHANGED:
             # A pass of its own: the sum over samples takes weights, not a transform.
             x = ops.call(ops.mix_op, x, None, one(x.device).to(compute), None, *arguments)
-        weights = draw.lam.to(reference.accumulate_dtype(x.dtype))
+        weights = draw.lam.to(accumulate_dtype(x.dtype))
         mixed = ops.call(ops.gather_sum_op, x, draw.partner, weights, draw.offsets)
-        return mixed.contiguous(memory_format=reference.row_format(x))
+        return mixed.contiguous(memory_format=row_format(x))
     lam = draw.lam if draw.lam.dtype is compute else draw.lam.to(compute)
     if out is None:
         return ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments, draw.box)

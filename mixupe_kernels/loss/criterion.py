@@ -6,35 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, ops, reference
-from .constants import constant
-from .target import MixedTarget
-
-ACTIVATIONS = ("softmax", "sigmoid")
-
-
-def q_hat(logits: Tensor, target: Tensor | tuple, *, activation: str = "softmax") -> Tensor:
-    """q̂ = (y - p)ᵀz of each row, the first-order term of mixup at clean rows (MixupE, eq. 5).
-
-    Args:
-        logits: (..., C) of dtype float32, float64, bfloat16 or float16.
-        target: :class:`MixedTarget`, (...) class indices or (..., C) soft targets, which need not sum to 1; floating
-            point for ``"sigmoid"``.
-        activation: p = ``"softmax"`` or, for multi-label models, ``"sigmoid"`` of the logits.
-
-    Returns:
-        (...) float32 (float64 for float64 logits), differentiable in the logits and soft targets.
-
-    Raises:
-        TypeError, ValueError: as :func:`ce_entropy`, or for an unknown activation.
-    """
-    sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
-    rows = ops.as_rows(logits)
-    target = ops.as_target(target, logits)
-    if sigmoid:
-        ops.as_multilabel(target)
-    outputs = ops.call(ops.ce_entropy_op, rows, *target, None, 0.0, reference.IGNORE_INDEX, sigmoid)
-    return reference.q_hat(*outputs, target.target, sigmoid).view(logits.shape[:-1])
+from .. import checks, ops
+from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype, constant
+from ..ops import reference
+from ..target import MixedTarget, Target, as_multilabel, as_rows, as_target
+from .terms import ACTIVATIONS
 
 
 class LossParts(NamedTuple):
@@ -47,7 +23,7 @@ class LossParts(NamedTuple):
 
 def _scalar(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
     """A non-negative number as a 0-d tensor of the compute dtype beside the logits."""
-    compute = reference.accumulate_dtype(logits.dtype)
+    compute = accumulate_dtype(logits.dtype)
     if isinstance(value, Tensor):
         if value.dim():
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
@@ -134,7 +110,7 @@ class _Options(NamedTuple):
         sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
         operator = None
         if not callable(penalty):
-            number = reference.PENALTIES.index(checks.choice("penalty", penalty, reference.PENALTIES))
+            number = PENALTIES.index(checks.choice("penalty", penalty, PENALTIES))
             operator = (number, threshold, rescale, smoothing, sigmoid)
         return _Options(penalty, rescale, threshold, smoothing, sigmoid, bool(inplace_backward), operator)
 
@@ -154,10 +130,10 @@ def _loss(
             return ops.MixupELossWithGradient.apply_here(logits, arguments)
         except (RuntimeError, TypeError, ValueError):
             pass  # what was wrong with it, or has to be converted, is found below
-    rows = ops.as_rows(logits)
-    parts = ops.as_target(target, logits)
+    rows = as_rows(logits)
+    parts = as_target(target, logits)
     if options.sigmoid:
-        ops.as_multilabel(parts)
+        as_multilabel(parts)
     num_mixed, num_reg, reg_weight = _count_rows(target, logits)
     learned_target = parts.target.requires_grad or (parts.lam is not None and parts.lam.requires_grad)
     # Of nested transforms, an outer one may differentiate in what the inner one takes for a constant.
@@ -227,7 +203,7 @@ def _wants_gradient_now(rows: Tensor) -> bool:
 
 def composed_loss(
     rows: Tensor,
-    target: ops.Target,
+    target: Target,
     eta: Tensor,
     reg_weight: Tensor,
     num_mixed: int,
@@ -236,7 +212,7 @@ def composed_loss(
     q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same loss as an expression over ``ce_entropy``: for penalties and q of the caller's own, and learned targets."""
-    row_options = (None, options.label_smoothing, reference.IGNORE_INDEX, options.sigmoid)
+    row_options = (None, options.label_smoothing, IGNORE_INDEX, options.sigmoid)
     ce, entropy, lse = ops.call(ops.ce_entropy_op, rows, *target, *row_options)
     kept = reference.kept_labels(*target)
     kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
@@ -257,7 +233,7 @@ def composed_loss(
         q, whole = q.to(ce.dtype), torch.ones_like(q, dtype=torch.bool)
     elif options.penalty == "linear_detached":
         # (y - p)ᵀz with y - p constant has the value q̂, no gradient in y, and in z that of q̂ with H constant.
-        fixed = ops.Target(*(None if part is None else part.detach() for part in target))
+        fixed = Target(*(None if part is None else part.detach() for part in target))
         fixed_ce, fixed_entropy, fixed_lse = ops.call(ops.ce_entropy_op, rows, *fixed, *row_options)
         fixed_rows = (fixed_ce, fixed_entropy.detach(), fixed_lse, fixed.target)
         q = reference.q_hat(*fixed_rows, options.sigmoid, options.label_smoothing)[ce.shape[0] - num_reg :]
@@ -378,7 +354,7 @@ class MixupELoss(nn.Module):
         key = (logits.device, logits.dtype)
         eta = self._eta.get(key)
         if eta is None:
-            compute = reference.accumulate_dtype(logits.dtype)
+            compute = accumulate_dtype(logits.dtype)
             eta = torch.full((), self._eta_value, dtype=compute, device=logits.device)
             if not torch._C._are_functorch_transforms_active():
                 self._eta[key] = eta

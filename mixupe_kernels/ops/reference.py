@@ -12,16 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks
-
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
-PENALTIES = ("abs", "threshold", "linear_detached")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an operator computes in: float64 for float64, float32 for the rest."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
+from .. import checks
+from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype, check_range, row_format
 
 # mix: x̃_i = λ_i x_i + (1 - λ_i) x_partner(i)   (mixup, eq. 1)
 
@@ -37,26 +29,6 @@ def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
 def _partner_of(x: Tensor, partner: Tensor | None, rows: Tensor) -> Tensor:
     """``partner`` None is the flip pairing: row i with row B - 1 - i."""
     return x.shape[0] - 1 - rows if partner is None else partner
-
-
-def row_format(x: Tensor) -> torch.memory_format:
-    """channels_last where each sample of x is so and not contiguous as well, else contiguous: what outputs keep."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    first = x[:1]
-    if channels_last and not first.is_contiguous() and first.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return torch.contiguous_format
-
-
-def check_range(name: str, values: Tensor, low, high, expected: str) -> None:
-    """Raise on the CPU, assert on the device elsewhere: reading a value back would synchronise."""
-    inside = ((values >= low) & (values <= high)).all()
-    if values.device.type == "cpu":
-        if not bool(inside):
-            bad = values[~((values >= low) & (values <= high))][0].item()
-            raise ValueError(f"{name} must be {expected}, got {bad}")
-    elif values.device.type != "meta":
-        torch._assert_async(inside)
 
 
 def check_box(box: Tensor | None, x: Tensor) -> None:

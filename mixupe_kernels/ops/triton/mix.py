@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import check_box, row_format
+from ...conventions import row_format
+from ..reference import check_box
 from .launch import Tile, device_of, launch_tiled
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import accumulate_dtype
+from ...conventions import accumulate_dtype
 
 
 class Tile(NamedTuple):

@@ -1,0 +1,1 @@
+"""The batch the model sees: what is drawn, and the rows that are made of it."""
