@@ -102,6 +102,7 @@ class Transform:
             )
         self.dtype = dtype
         self.memory_format = memory_format
+        self.is_identity = self.mean is self.dtype is self.memory_format is None
 
     @staticmethod
     def _numbers(name: str, values, positive: bool = False) -> tuple[float, ...]:
@@ -118,7 +119,7 @@ class Transform:
         Raises:
             TypeError, ValueError: if x has another dtype, or not the channels or dimensions the transform is for.
         """
-        if self.mean is self.dtype is self.memory_format is None and x.dtype in checks.LOGITS_DTYPES:
+        if self.is_identity and x.dtype in checks.LOGITS_DTYPES:
             return UNCHANGED
         if x.dtype is not torch.uint8:
             checks.dtype(name, x, checks.LOGITS_DTYPES)
@@ -145,10 +146,3 @@ class Transform:
         scale = constant(("scale", *key), lambda: vector([1 / (per * s) for s in std]))
         shift = constant(("shift", *key), lambda: vector([-m / s for m, s in zip(mean, std, strict=True)]))
         return Arguments(scale, shift, dtype, memory_format)
-
-    @property
-    def is_identity(self) -> bool:
-        return self.mean is None and self.dtype is None and self.memory_format is None
-
-    def __repr__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value is not None)

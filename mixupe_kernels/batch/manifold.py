@@ -51,7 +51,7 @@ class ManifoldMixup:
                 raise ValueError(f"layers must name modules of the model or 'input', got {name!r}")
         if not isinstance(mixup_fn, Mixup):
             raise TypeError(f"mixup_fn must be a Mixup or MixupE, got {type(mixup_fn).__name__}")
-        if mixup_fn.cutmix is not None or mixup_fn.inplace:
+        if mixup_fn.cutmix_alpha is not None or mixup_fn.inplace:
             raise ValueError(
                 "mixup_fn must have neither cutmix_alpha nor inplace: hidden layers have no images of the input"
             )

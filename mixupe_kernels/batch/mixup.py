@@ -5,16 +5,18 @@ same without clean rows. Both stand where ``timm.data.Mixup`` or ``torchvision.t
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..conventions import accumulate_dtype, constant, row_format, sequence
+from ..conventions import accumulate_dtype, row_format
 from ..target import MixedTarget, check_ids, check_labels
-from . import inputs
-from .plan import Draw, Drawing, Layout, one, plain_draw
+from . import inputs, sampling
+from .plan import CleanRows, Draw, Plan, one, plain_draw
+from .schedule import LinearRamp
 
 
 def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None) -> Tensor:
@@ -22,15 +24,13 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     scale, shift, dtype, memory_format = arguments
     if draw.plain and out is None and scale is None and dtype in (None, x.dtype):
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
-    compute = accumulate_dtype(x.dtype)
     if draw.offsets is not None:
         if arguments != inputs.UNCHANGED:
             # A pass of its own: the sum over samples takes weights, not a transform.
-            x = ops.call(ops.mix_op, x, None, one(x.device).to(compute), None, *arguments)
-        weights = draw.lam.to(accumulate_dtype(x.dtype))
-        mixed = ops.call(ops.gather_sum_op, x, draw.partner, weights, draw.offsets)
+            x = ops.call(ops.mix_op, x, None, one(x.device).to(accumulate_dtype(x.dtype)), None, *arguments)
+        mixed = ops.call(ops.gather_sum_op, x, draw.partner, draw.lam.to(accumulate_dtype(x.dtype)), draw.offsets)
         return mixed.contiguous(memory_format=row_format(x))
-    lam = draw.lam if draw.lam.dtype is compute else draw.lam.to(compute)
+    lam = draw.lam.double() if x.dtype is torch.float64 else draw.lam
     if out is None:
         return ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments, draw.box)
     rows = draw.target.lam.shape[0]
@@ -39,7 +39,8 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     return out
 
 
-class Mixup(Drawing):
+@dataclass(eq=False, repr=False)
+class Mixup:
     """Plain mixup of a batch and its labels (Zhang et al., 2018), our baseline: :class:`MixupE` without clean rows.
 
     Args:
@@ -83,33 +84,138 @@ class Mixup(Drawing):
       and returned instead of fresh memory, whose first touch costs more than mixing does.
     - ``ids``: (B,) int64, the samples' numbers in the data set, for pairings that ask for them.
 
-    Setting ``enabled`` to False makes it return plain samples; it is read at every call, so a schedule must change it
-    in the process that trains, not in a copy that a data loader's worker holds. ``set_epoch`` drives warm-up, off_epoch
-    and ramps; ``state_dict`` holds what a resumed run needs to draw the same batches.
+    Setting ``enabled`` to False makes it return plain samples. ``set_epoch`` drives warm-up, off_epoch and ramps;
+    ``state_dict`` holds what a resumed run needs to draw the same batches.
+
+    In the collate function of a data loader, the workers' copies follow: what ``set_epoch`` and ``enabled`` were told in
+    the main process holds for every batch that a worker begins afterwards, ``steps`` counts the batches of all workers,
+    and each regularizes every ``interval``-th of its own. A ``generator`` becomes, in each worker, a stream seeded by it
+    and by the worker's seed, which differs from epoch to epoch; so a run repeats where torch's seed is set, too.
     """
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float | None = None,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format | None = None,
-        inplace: bool = False,
-        keys: Sequence[Hashable] | None = None,
-        labels_key: Hashable = "labels",
-        **drawing_arguments,
-    ):
-        super().__init__(alpha, beta, **drawing_arguments)
-        self.transform = inputs.Transform(mean, std, dtype, memory_format)
-        self.inplace = inplace
-        if inplace and (self.pairing != "flip" or self.num_samples > 2):
+    alpha: float | LinearRamp = 1.0
+    _: KW_ONLY
+    beta: float | None = None
+    per_sample: bool = False
+    pairing: str | Callable[..., Tensor] = "random"
+    prob: float = 1.0
+    lam_distribution: sampling.Distribution | Callable[..., Tensor] | None = None
+    num_samples: int = 2
+    num_classes: int | None = None
+    cutmix_alpha: float | None = None
+    switch_prob: float = 0.5
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    dtype: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+    inplace: bool = False
+    keys: Sequence[Hashable] | None = None
+    labels_key: Hashable = "labels"
+    warmup_epochs: float = 0
+    off_epoch: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        self.plan = Plan(self, self._clean_rows())
+        self.transform = inputs.Transform(self.mean, self.std, self.dtype, self.memory_format)
+        if self.inplace and (self.pairing != "flip" or self.num_samples > 2):
             raise ValueError("inplace must be False unless pairing is 'flip', without num_samples, got True")
-        if isinstance(keys, str):
-            raise TypeError(f"keys must be a sequence of keys, got the string {keys!r}")
-        self.keys, self.labels_key = keys, labels_key
+        if isinstance(self.keys, str):
+            raise TypeError(f"keys must be a sequence of keys, got the string {self.keys!r}")
+        self.lam_distribution = self.plan.law  # the one in use: a ramp of alpha changes it
+        self._complete = True
+
+    def _clean_rows(self) -> CleanRows | None:
+        return None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would change nothing: a name with a typo, or an argument that the constructor has used already."""
+        if "_complete" in vars(self) and not isinstance(getattr(type(self), name, None), property):
+            kind = type(self).__name__
+            if name in {field.name for field in fields(self)}:
+                raise AttributeError(f"{name} of a {kind} is fixed by its constructor, make another one")
+            settable = [key for key in dir(self) if isinstance(getattr(type(self), key, None), property)]
+            raise AttributeError(f"a {kind} has no attribute {name!r} to set; it has {', '.join(settable)}")
+        object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "generator"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, generator=state["plan"].generator)
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "lam_distribution" and self.plan.given_law is None:
+                continue
+            if field.name == "alpha":
+                shown.append(repr(value))
+            elif isinstance(value, torch.Generator):
+                shown.append(f"generator=<{value.device}, seed {value.initial_seed()}>")
+            elif value is not field.default and not (type(value) is type(field.default) and value == field.default):
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether batches are mixed where the schedule says so; set it to False for plain samples."""
+        return self.plan.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.plan.set_enabled(value)
+
+    @property
+    def steps(self) -> int:
+        """Batches drawn so far, those of data loaders' workers among them."""
+        return self.plan.progress.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.plan.progress.set_steps(value, [])
+
+    @property
+    def epoch(self) -> float:
+        """What :meth:`set_epoch` was given last."""
+        return self.plan.epoch
+
+    @property
+    def active(self) -> bool:
+        """Whether batches are mixed now: ``enabled``, after the warm-up and before ``off_epoch``."""
+        return self.plan.active
+
+    def set_epoch(self, epoch: float) -> None:
+        """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
+        self.plan.set_epoch(epoch)
+        object.__setattr__(self, "lam_distribution", self.plan.law)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the number of batches drawn, ``enabled``, and the state of the generator.
+
+        Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``).
+        """
+        return self.plan.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from where ``state_dict`` was taken: the same batches are drawn.
+
+        Raises:
+            ValueError: if entries are missing, or only one of the two has a generator of its own.
+        """
+        self.plan.load_state_dict(state)
+        object.__setattr__(self, "lam_distribution", self.plan.law)
+
+    def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
+        """λ, partners, rows and target of a batch with these labels.
+
+        Args:
+            labels: (B,) int64 or (B, C) soft, on the device of the generator.
+            ids: (B,) int64, the samples' numbers, for pairings that ask for them.
+            image_size: height and width, which CutMix needs.
+        """
+        return self.plan.draw(labels, ids=ids, image_size=image_size)
 
     def num_rows(self, batch: int) -> int:
         """The most rows that a batch of ``batch`` samples becomes, which is what ``out`` must have."""
@@ -133,7 +239,7 @@ class Mixup(Drawing):
         ids: Tensor | None = None,
         out: Tensor | Sequence | Mapping | None = None,
     ) -> tuple[Any, MixedTarget]:
-        return self._batch(x, labels, ids, out, self.draw)
+        return self._batch(x, labels, ids, out, self.plan.draw)
 
     def plain(self, x: Tensor | Sequence | Mapping, labels: Tensor | None = None) -> tuple[Any, MixedTarget]:
         """The samples as they are, normalised and cast as for the model: what a call returns with ``enabled`` False."""
@@ -148,9 +254,13 @@ class Mixup(Drawing):
         check_labels(labels, x.shape[0], x)
         if ids is not None:
             check_ids(ids, labels)
-        arguments = self.transform.arguments("x", x, True)
-        out = self._check_out("out", out, x, arguments)
-        drawn = draw(labels, ids=ids, image_size=self._image_size([x]) if self.cutmix else None)
+        arguments = inputs.UNCHANGED
+        if x.dtype not in checks.LOGITS_DTYPES or not self.transform.is_identity:
+            arguments = self.transform.arguments("x", x, True)
+        if out is not None or self.inplace:
+            out = self._check_out("out", out, x, arguments)
+        size = None if self.cutmix_alpha is None else self._image_size([x])
+        drawn = draw(labels, ids=ids, image_size=size)
         return write(drawn, x, arguments, out), drawn.target
 
     def _batch_of_several(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
@@ -173,7 +283,8 @@ class Mixup(Drawing):
             checks.same_device(f"x[{key!r}]", value, "labels", labels)
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
-        drawn = draw(labels, ids=ids, image_size=self._image_size(entries.values()) if self.cutmix else None)
+        size = None if self.cutmix_alpha is None else self._image_size(entries.values())
+        drawn = draw(labels, ids=ids, image_size=size)
         changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if within:
             changes[self.labels_key] = drawn.target
@@ -211,6 +322,7 @@ class Mixup(Drawing):
         return sizes.pop()
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class MixupE(Mixup):
     """The batch of MixupE (Zou et al., UAI 2023): mixup's rows, then the clean rows its regularizer is taken on.
 
@@ -243,70 +355,18 @@ class MixupE(Mixup):
         TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
     """
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float | None = None,
-        *,
-        clean_fraction: float = 1.0,
-        split: bool = False,
-        regularize: str = "clean",
-        interval: int = 1,
-        eta_ramp: Callable[[float], float] | None = None,
-        **mixup_arguments,
-    ):
-        if eta_ramp is not None and not callable(eta_ramp):
-            raise TypeError(f"eta_ramp must be a function of the epoch or None, got {eta_ramp!r}")
-        self.eta_ramp = eta_ramp
-        super().__init__(alpha, beta, **mixup_arguments)
-        self.clean_fraction = checks.number(
-            "clean_fraction", clean_fraction, "a number in (0, 1]", lambda fraction: 0 < fraction <= 1
-        )
-        self.split = split
-        self.regularize = checks.choice("regularize", regularize, ("clean", "mixed"))
-        self.interval = checks.positive_int("interval", interval)
-        if regularize == "mixed" and (split or clean_fraction != 1):
-            raise ValueError("regularize must be 'clean' with split or clean_fraction, got 'mixed'")
-        if split and clean_fraction == 1:
-            raise ValueError("clean_fraction must be below 1 with split, got 1: no row would be mixed")
-        if self.inplace and regularize != "mixed":
-            raise ValueError(
-                "regularize must be 'mixed' with inplace, got 'clean': clean rows need memory of their own"
-            )
+    clean_fraction: float = 1.0
+    split: bool = False
+    regularize: str = "clean"
+    interval: int = 1
+    eta_ramp: Callable[[float], float] | None = None
 
-    def set_epoch(self, epoch: float) -> None:
-        super().set_epoch(epoch)
-        factor = 1.0 if self.eta_ramp is None else checks.non_negative("eta_ramp(epoch)", self.eta_ramp(self.epoch))
-        self._reg_factor = factor
+    def _clean_rows(self) -> CleanRows:
+        return CleanRows(self)
 
     def num_clean(self, batch: int) -> int:
-        """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 where possible."""
-        if self.clean_fraction == 1:
-            return batch
-        wanted = max(round(self.clean_fraction * batch), 1)
-        if self.split:
-            return min(wanted, batch - 1)
-        rounded = round((batch + wanted) / 8) * 8 - batch
-        if rounded < 1:
-            rounded += 8
-        if rounded > batch:
-            rounded -= 8
-        return rounded if rounded >= 1 else wanted
+        """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 if they can be."""
+        return self.plan.clean.num_clean(batch)
 
     def num_rows(self, batch: int) -> int:
-        return batch if self.split or self.regularize == "mixed" or batch == 0 else batch + self.num_clean(batch)
-
-    def _layout(self, batch: int, device: torch.device) -> Layout:
-        if self.steps % self.interval:
-            return super()._layout(batch, device)
-        weight = self._reg_weight(self.lam_distribution.expected_a_lambda * self.interval * self._reg_factor, device)
-        if self.regularize == "mixed":
-            return Layout(None, batch, batch, weight)
-        count = self.num_clean(batch)
-        if count == batch:
-            twice = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
-            return Layout(twice, batch, batch, weight)
-        order = torch.randperm(batch, generator=self.generator, device=device)
-        if self.split:
-            return Layout(order, batch - count, count, weight)
-        return Layout(torch.cat([sequence(batch, device), order[:count]]), batch, count, weight)
+        return self.plan.clean.num_rows(batch)

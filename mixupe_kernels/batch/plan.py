@@ -1,17 +1,24 @@
 """Everything about a batch but its samples: which rows it has, with which partners, weights and labels, drawn at random."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from .. import checks, ops
 from ..conventions import constant, sequence
 from ..target import MixedTarget, one_hot
 from . import cutmix, sampling
 from . import pairing as pairings
+from .progress import Progress, Stream
 from .schedule import LinearRamp
+
+if TYPE_CHECKING:
+    from .mixup import Mixup, MixupE
 
 
 class Draw(NamedTuple):
@@ -39,62 +46,116 @@ class Draw(NamedTuple):
 
 class Layout(NamedTuple):
     """Which samples become rows, (N,) int64, first ``num_mixed`` mixed ones and then clean ones; None for all of them mixed,
-    in their order. The rows and weight of R."""
+    in their order. The last ``num_reg`` rows are regularized."""
 
     rows: Tensor | None
     num_mixed: int
     num_reg: int
-    reg_weight: Tensor
 
 
 def one(device: torch.device) -> Tensor:
-    return constant(("one", device), lambda: torch.ones((), device=device))
+    return constant(("one", device), lambda: torch.ones((), dtype=torch.float32, device=device))
 
 
 def plain_draw(labels: Tensor, **_) -> Draw:
-    """The samples as they are; takes what :meth:`Drawing.draw` takes."""
+    """The samples as they are; takes what :meth:`Plan.draw` takes."""
     batch, device = labels.shape[0], labels.device
-    target = MixedTarget(labels, labels, torch.ones(batch, device=device), batch, 0, 0.0)
-    return Draw(None, one(device), target, plain=True)
+    lam = torch.ones(batch, dtype=torch.float32, device=device)
+    return Draw(None, one(device), MixedTarget(labels, labels, lam, batch, 0, 0.0), plain=True)
 
 
-class Drawing:
-    """What :class:`Mixup` and :class:`MixupE` draw; their arguments of these names, and their schedule and state."""
+class CleanRows:
+    """Which rows :class:`MixupE` regularizes, and how often; its arguments of these names."""
 
-    def __init__(
-        self,
-        alpha: float | LinearRamp = 1.0,
-        beta: float | None = None,
-        *,
-        per_sample: bool = False,
-        pairing: str | Callable[..., Tensor] = "random",
-        prob: float = 1.0,
-        lam_distribution: sampling.Distribution | Callable[..., Tensor] | None = None,
-        num_samples: int = 2,
-        num_classes: int | None = None,
-        cutmix_alpha: float | None = None,
-        switch_prob: float = 0.5,
-        warmup_epochs: float = 0,
-        off_epoch: float | None = None,
-        generator: torch.Generator | None = None,
-    ):
-        self.alpha, self.beta = alpha, beta
-        self.per_sample = per_sample
-        self.pairing = pairing
-        self._pair = pairings.as_pairing(pairing)
-        self.prob = checks.fraction("prob", prob)
-        self.num_samples = checks.positive_int("num_samples", num_samples)
-        self.num_classes = None if num_classes is None else checks.positive_int("num_classes", num_classes)
+    def __init__(self, given: MixupE):
+        self.fraction = checks.number(
+            "clean_fraction", given.clean_fraction, "a number in (0, 1]", lambda fraction: 0 < fraction <= 1
+        )
+        self.split = checks.boolean("split", given.split)
+        self.mixed = checks.choice("regularize", given.regularize, ("clean", "mixed")) == "mixed"
+        self.interval = checks.positive_int("interval", given.interval)
+        self.eta_ramp = given.eta_ramp
+        if self.eta_ramp is not None and not callable(self.eta_ramp):
+            raise TypeError(f"eta_ramp must be a function of the epoch or None, got {self.eta_ramp!r}")
+        if self.mixed and (self.split or self.fraction != 1):
+            raise ValueError("regularize must be 'clean' with split or clean_fraction, got 'mixed'")
+        if self.split and self.fraction == 1:
+            raise ValueError("clean_fraction must be below 1 with split, got 1: no row would be mixed")
+        if given.inplace and not self.mixed:
+            raise ValueError(
+                "regularize must be 'mixed' with inplace, got 'clean': clean rows need memory of their own"
+            )
+
+    def eta_factor(self, epoch: float) -> float:
+        return 1.0 if self.eta_ramp is None else checks.non_negative("eta_ramp(epoch)", self.eta_ramp(epoch))
+
+    def num_clean(self, batch: int) -> int:
+        """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 if they can be."""
+        if self.fraction == 1:
+            return batch
+        wanted = max(round(self.fraction * batch), 1)
+        if self.split:
+            return min(wanted, batch - 1)
+        rounded = round((batch + wanted) / 8) * 8 - batch
+        if rounded < 1:
+            rounded += 8
+        if rounded > batch:
+            rounded -= 8
+        return rounded if rounded >= 1 else wanted
+
+    def num_rows(self, batch: int) -> int:
+        return batch if self.split or self.mixed or batch == 0 else batch + self.num_clean(batch)
+
+    def layout(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Layout:
+        if self.mixed:
+            return Layout(None, batch, batch)
+        count = batch if self.fraction == 1 else self.num_clean(batch)
+        if count == batch:
+            twice = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
+            return Layout(twice, batch, batch)
+        order = torch.randperm(batch, generator=generator, device=device)
+        if self.split:
+            return Layout(order, batch - count, count)
+        rows = torch.arange(batch + count, device=device)
+        rows[batch:] = order[:count]
+        return Layout(rows, batch, count)
+
+
+class Plan:
+    """What is drawn for each batch, by which law, and where training is: λ, partners, rows, boxes, schedule and state.
+
+    Args:
+        given: the mixer whose arguments these are; ``clean``, its clean rows.
+    """
+
+    def __init__(self, given: Mixup, clean: CleanRows | None = None):
+        self.clean = clean
+        self.alpha, self.beta = given.alpha, given.beta
+        self.per_sample = checks.boolean("per_sample", given.per_sample)
+        self._pair = pairings.as_pairing(given.pairing)
+        self.prob = checks.fraction("prob", given.prob)
+        self.num_samples = checks.positive_int("num_samples", given.num_samples)
+        self.num_classes = None if given.num_classes is None else checks.positive_int("num_classes", given.num_classes)
+        cutmix_alpha = given.cutmix_alpha
         self.cutmix = None if cutmix_alpha is None else sampling.Beta(checks.positive("cutmix_alpha", cutmix_alpha))
-        self.switch_prob = checks.fraction("switch_prob", switch_prob)
-        self.warmup_epochs = checks.non_negative("warmup_epochs", warmup_epochs)
-        self.off_epoch = None if off_epoch is None else checks.non_negative("off_epoch", off_epoch)
-        self.generator = generator
-        self.enabled = True
-        self.steps = 0
-        self._given_distribution = None if lam_distribution is None else sampling.as_distribution(lam_distribution)
+        self.switch_prob = checks.fraction("switch_prob", given.switch_prob)
+        self.warmup_epochs = checks.non_negative("warmup_epochs", given.warmup_epochs)
+        self.off_epoch = None if given.off_epoch is None else checks.non_negative("off_epoch", given.off_epoch)
+        self.generator = given.generator
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
+        self.stream = None if self.generator is None else Stream.of(self.generator)
+        law = given.lam_distribution
+        self.given_law = None if law is None else sampling.as_distribution(law)
         self._check_combination()
+        self.progress = Progress(1 if clean is None else clean.interval)
         self.set_epoch(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "generator"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, generator=None if state["stream"] is None else state["stream"].generator)
 
     def _check_combination(self) -> None:
         if self.num_samples == 1:
@@ -102,47 +163,62 @@ class Drawing:
         if self.num_samples > 2:
             for name, value in (
                 ("cutmix_alpha", self.cutmix),
-                ("lam_distribution", self._given_distribution),
+                ("lam_distribution", self.given_law),
                 ("beta", self.beta),
             ):
                 if value is not None:
                     raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
-        if isinstance(self.alpha, LinearRamp) and self._given_distribution is not None:
+        if isinstance(self.alpha, LinearRamp) and self.given_law is not None:
             raise ValueError(f"alpha must be a number where lam_distribution is given, got {self.alpha!r}")
         if self.cutmix is not None and self.per_sample:
             raise ValueError("per_sample must be False with cutmix_alpha, got True: a batch has one box")
 
     def set_epoch(self, epoch: float) -> None:
         """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
-        self.epoch = checks.non_negative("epoch", epoch)
-        self._reg_weights: dict[tuple[float, torch.device], Tensor] = {}
-        alpha = self.alpha(self.epoch) if isinstance(self.alpha, LinearRamp) else self.alpha
+        epoch = checks.non_negative("epoch", epoch)
+        alpha = self.alpha(epoch) if isinstance(self.alpha, LinearRamp) else self.alpha
         if self.num_samples > 2:
-            self.lam_distribution = sampling.Dirichlet(alpha, self.num_samples)
+            law = sampling.Dirichlet(alpha, self.num_samples)
         else:
-            self.lam_distribution = self._given_distribution or sampling.Beta(alpha, self.beta)
+            law = self.given_law or sampling.Beta(alpha, self.beta)
+        factor = 0.0 if self.clean is None else self.clean.eta_factor(epoch) * self.clean.interval
+        self.law, self.reg_weight = law, factor * law.expected_a_lambda
+        self.progress.epoch = epoch
+        self._update_active()
 
-    @property
-    def active(self) -> bool:
-        """Whether batches are mixed now: ``enabled``, after the warm-up and before ``off_epoch``."""
-        if not self.enabled or self.epoch < self.warmup_epochs:
-            return False
-        return self.off_epoch is None or self.epoch < self.off_epoch
+    def set_enabled(self, enabled: bool) -> None:
+        self.progress.enabled = checks.boolean("enabled", enabled)
+        self._update_active()
+
+    def _update_active(self) -> None:
+        self.epoch, self.enabled = self.progress.epoch, self.progress.enabled
+        begun = self.epoch >= self.warmup_epochs and (self.off_epoch is None or self.epoch < self.off_epoch)
+        self.active = self.enabled and begun
+
+    def _follow_main_process(self) -> None:
+        """In a data loader's worker: draw from its stream, with the epoch and ``enabled`` of the process that trains."""
+        progress = self.progress
+        if not progress.in_worker:
+            progress.enter_worker()
+            if self.stream is not None:
+                self.stream.enter_worker()
+        if progress.epoch != self.epoch:
+            self.set_epoch(progress.epoch)
+        elif progress.enabled != self.enabled:
+            self._update_active()
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the number of batches drawn, ``enabled``, and the state of the generator.
-
-        Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``).
-        """
         generator = None if self.generator is None else self.generator.get_state()
-        return {"epoch": self.epoch, "steps": self.steps, "enabled": self.enabled, "generator": generator}
+        progress = self.progress
+        return {
+            "epoch": self.epoch,
+            "steps": progress.steps,
+            "worker_steps": progress.worker_steps,
+            "enabled": self.enabled,
+            "generator": generator,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from where ``state_dict`` was taken: the same batches are drawn.
-
-        Raises:
-            ValueError: if entries are missing, or only one of the two has a generator of its own.
-        """
         missing = {"epoch", "steps", "enabled", "generator"} - set(state)
         if missing:
             raise ValueError(f"state must have all entries of state_dict(), {sorted(missing)} are missing")
@@ -150,30 +226,42 @@ class Drawing:
             has = "none" if self.generator is None else "one"
             raise ValueError(f"generator must be given where the saved one had one, and only there; this has {has}")
         self.set_epoch(state["epoch"])
-        self.steps, self.enabled = state["steps"], state["enabled"]
+        self.set_enabled(state["enabled"])
+        self.progress.set_steps(state["steps"], state.get("worker_steps", []))
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
 
     def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
-        """λ, partners, rows and target of a batch with these labels.
-
-        Args:
-            labels: (B,) int64 or (B, C) soft, on the device of the generator.
-            ids: (B,) int64, the samples' numbers, for pairings that ask for them.
-            image_size: height and width, which CutMix needs.
-        """
-        batch, device = labels.shape[0], labels.device
+        """λ, partners, rows and target of a batch with these labels; see :meth:`mixupe_kernels.Mixup.draw`."""
+        if not torch.compiler.is_compiling() and get_worker_info() is not None:
+            self._follow_main_process()
+        batch = labels.shape[0]
         if batch == 0 or not self.active:
             return plain_draw(labels)
-        self.steps += 1
+        regularized = self.clean is not None and (self.clean.interval == 1 or self.progress.due())
         if self.num_samples > 2:
-            return self._draw_many(labels, ids)
+            draw = self._draw_many(labels, ids, regularized)
+        else:
+            draw = self._draw_pairs(labels, ids, image_size, regularized)
+        self.progress.own.add_(1)
+        self.progress.phase = self.progress.phase.next
+        return draw
+
+    def _draw_pairs(
+        self, labels: Tensor, ids: Tensor | None, image_size: tuple[int, int] | None, regularized: bool
+    ) -> Draw:
+        batch, device = labels.shape[0], labels.device
         # λ of the labels and λ of the pixels differ with CutMix only.
-        lam = pixel_lam = self._draw_lam(batch, device)
+        lam = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
+        if self.prob < 1:
+            lam = self._leave_some(lam, one(device))
+        pixel_lam = lam
         box = None
         if self.cutmix is not None:
             lam, pixel_lam, box = self._draw_box(lam, image_size)
-        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device)
+        rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
+        if regularized:
+            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
         flipped = self._pair is pairings.flip
         if rows is None and flipped:
             target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
@@ -195,47 +283,36 @@ class Drawing:
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
         return Draw(partner, pixel_lam, target, rows=rows, box=box)
 
-    def _layout(self, batch: int, device: torch.device) -> Layout:
-        return Layout(None, batch, 0, self._reg_weight(0.0, device))
-
-    def _reg_weight(self, value: float, device: torch.device) -> Tensor:
-        """R's weight as the loss takes it, made once an epoch."""
-        weight = self._reg_weights.get((value, device))
-        if weight is None:
-            with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode
-                weight = self._reg_weights[value, device] = torch.full((), value, device=device)
-        return weight
-
-    def _draw_lam(self, batch: int, device: torch.device) -> Tensor:
-        size = (batch,) if self.per_sample else ()
-        lam = self.lam_distribution.sample(size, self.generator, device)
-        if self.prob < 1:
-            chosen = torch.rand(size, device=device, generator=self.generator) < self.prob
-            if self.num_samples == 2:
-                return torch.where(chosen, lam, one(device))
-            own = sequence(self.num_samples, device) == 0
-            lam = torch.where(chosen.unsqueeze(-1), lam, own.to(lam.dtype))
-        return lam
+    def _leave_some(self, lam: Tensor, own: Tensor) -> Tensor:
+        """λ or weights, and those of the own sample alone, ``own``, with probability 1 - ``prob``."""
+        size = lam.shape[: lam.dim() - own.dim()]
+        chosen = torch.rand(size, dtype=torch.float32, device=lam.device, generator=self.generator) < self.prob
+        return torch.where(chosen.reshape(size + (1,) * own.dim()), lam, own)
 
     def _draw_box(self, lam: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed as ever."""
+        """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
         if image_size is None:
             raise ValueError("image_size must be given with cutmix_alpha, got None")
         device, generator = lam.device, self.generator
-        uniform = torch.rand(2, device=device, generator=generator)
+        uniform = torch.rand(2, dtype=torch.float32, device=device, generator=generator)
         cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
         box, box_lam = cutmix.draw_box(self.cutmix.sample((), generator, device), *image_size, generator)
         box_lam = torch.where(used, box_lam, one(device))
         return torch.where(cut, box_lam, lam), torch.where(cut, one(device), lam), box * (cut & used)
 
-    def _draw_many(self, labels: Tensor, ids: Tensor | None) -> Draw:
+    def _draw_many(self, labels: Tensor, ids: Tensor | None, regularized: bool) -> Draw:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
         soft = one_hot(labels, self.num_classes)
-        weights = self._draw_lam(batch, device).expand(batch, terms)
+        weights = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
+        if self.prob < 1:
+            weights = self._leave_some(weights, (sequence(terms, device) == 0).to(weights.dtype))
+        weights = weights.expand(batch, terms)
         others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
         index = torch.stack([sequence(batch, device), *others], 1)
-        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device)
+        rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
+        if regularized:
+            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
         if rows is not None:
             mixed, clean = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]
@@ -245,8 +322,7 @@ class Drawing:
         if rows is not None:
             dense = torch.cat([dense, soft[clean]])
             index = torch.cat([index, clean])
-            weights = torch.cat([weights, torch.ones(clean.shape[0], device=device)])
+            weights = torch.cat([weights, weights.new_ones(clean.shape[0])])
             offsets = torch.cat([offsets, sequence(clean.shape[0], device) + (num_mixed * terms + 1)])
-        lam = torch.ones(dense.shape[0], device=device)
-        target = MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight)
-        return Draw(index, weights, target, offsets=offsets)
+        lam = weights.new_ones(dense.shape[0])
+        return Draw(index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), offsets=offsets)

@@ -52,17 +52,26 @@ def _log_gamma_variates(concentration: Tensor, generator: torch.Generator | None
     return boosted.log() + torch.log1p(-uniform) / concentration
 
 
-def _dirichlet(concentration: tuple[float, ...], size, generator: torch.Generator | None, device) -> Tensor:
-    """Weights of shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
-    parameters = constant(
-        ("dirichlet", concentration, device),
-        lambda: torch.tensor(concentration, dtype=torch.float64, device=device),
-    )
-    if size:
-        parameters = parameters.expand(*size, len(concentration))
-    if min(concentration) >= _SMALLEST_DIRECT:
-        return torch._sample_dirichlet(parameters, generator=generator)
-    return _log_gamma_variates(parameters, generator).softmax(-1)
+class _Gammas:
+    """Weights that are Gamma variates over their sum: Dirichlet's, of which Beta's are the first of two."""
+
+    def __init__(self, concentration: tuple[float, ...]):
+        self.concentration = concentration
+        self.logarithms = min(concentration) < _SMALLEST_DIRECT
+        self._on_cpu = torch.tensor(concentration, dtype=torch.float64, device="cpu")
+
+    def draw(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
+        parameters = self._on_cpu
+        if device.type != "cpu":
+            parameters = constant(("concentration", self.concentration, device), lambda: parameters.to(device))
+        if size:
+            parameters = parameters.expand(*size, len(self.concentration))
+        if self.logarithms:
+            return _log_gamma_variates(parameters, generator).softmax(-1)
+        # Private, since torch.distributions takes no generator. torch._sample_dirichlet draws the same and cannot be traced.
+        gammas = torch._standard_gamma(parameters, generator=generator)
+        return gammas / gammas.sum(-1, keepdim=True)
 
 
 class Distribution:
@@ -92,7 +101,7 @@ class Distribution:
         shown = ", ".join(
             f"{name}={value!r}"
             for name, value in vars(self).items()
-            if not name.startswith("expected") and not (name == "fold" and value == "none")
+            if not name.startswith(("expected", "_")) and not (name == "fold" and value == "none")
         )
         return f"{type(self).__name__}({shown})"
 
@@ -105,11 +114,13 @@ class Beta(Distribution):
         self.alpha = checks.positive("alpha", alpha)
         self.beta = self.alpha if beta is None else checks.positive("beta", beta)
         self.expected_a_lambda = expected_a_lambda(self.alpha, self.beta)
+        self._uniform = self.alpha == self.beta == 1
+        self._gammas = _Gammas((self.alpha, self.beta))
 
     def draw(self, size, generator, device):
-        if self.alpha == self.beta == 1:
-            return torch.rand(size, device=device, generator=generator)
-        return _dirichlet((self.alpha, self.beta), size, generator, device).select(-1, 0).float()
+        if self._uniform:
+            return torch.rand(size, dtype=torch.float32, device=device, generator=generator)
+        return self._gammas.draw(size, generator, device).select(-1, 0).float()
 
 
 class HalfBeta(Beta):
@@ -131,7 +142,7 @@ class DLambda(Beta):
 
     def draw(self, size, generator, device):
         lam = super().draw(size, generator, device)
-        keep = torch.rand(size, device=device, generator=generator) < lam
+        keep = torch.rand(size, dtype=torch.float32, device=device, generator=generator) < lam
         return torch.where(keep, lam, 1 - lam)
 
 
@@ -146,10 +157,11 @@ class WShaped(Distribution):
         self.alpha = checks.positive("alpha", alpha)
         # E[λ(1 - λ)] = (1 - E[X²]) / 4 and E[X²] = 1/4 + 1/(4(2α + 1)).
         self.expected_a_lambda = (1 - 0.25 - 0.25 / (2 * self.alpha + 1)) / 2
+        self._gammas = _Gammas((self.alpha, self.alpha))
 
     def draw(self, size, generator, device):
-        x = _dirichlet((self.alpha, self.alpha), size, generator, device).select(-1, 0).float()
-        upper = torch.rand(size, device=device, generator=generator) < 0.5
+        x = self._gammas.draw(size, generator, device).select(-1, 0).float()
+        upper = torch.rand(size, dtype=torch.float32, device=device, generator=generator) < 0.5
         return (x + upper) / 2
 
 
@@ -166,7 +178,7 @@ class Uniform(Distribution):
 
     def draw(self, size, generator, device):
         # lerp's result may round beyond its end points; [0, 1] itself needs no clamp.
-        uniform = torch.rand(size, device=device, generator=generator)
+        uniform = torch.rand(size, dtype=torch.float32, device=device, generator=generator)
         return (self.low + (self.high - self.low) * uniform).clamp_(self.low, self.high)
 
 
@@ -179,7 +191,7 @@ class Fixed(Distribution):
         self.expected_a_lambda = 2 * self.value * (1 - self.value)
 
     def draw(self, size, generator, device):
-        return torch.full(size, self.value, device=device)
+        return torch.full(size, self.value, dtype=torch.float32, device=device)
 
 
 class Custom(Distribution):
@@ -235,10 +247,11 @@ class Dirichlet:
         self.num_samples = checks.positive_int("num_samples", num_samples)
         self.expected_a_lambda = (num_samples - 1) * self.alpha / (num_samples * self.alpha + 1)
         self.expected_a_lambda_error = 0.0
+        self._gammas = _Gammas((self.alpha,) * self.num_samples)
 
     def sample(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Weights of shape (*size, num_samples), float32, that sum to 1, on ``device``."""
-        return _dirichlet((self.alpha,) * self.num_samples, size, generator, device).float()
+        return self._gammas.draw(size, generator, device).float()
 
     def __repr__(self) -> str:
         return f"Dirichlet({self.alpha:g}, {self.num_samples})"

@@ -1,17 +1,20 @@
 """The batch the model sees: rows and target of every policy, the peers' semantics, estimates, seeds, errors."""
 
 import copy
+import inspect
 import pickle
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import mixupe_kernels as mk
+
+from ..followed import followed
 
 CLASSES = 5
 POLICIES = {
@@ -247,30 +250,6 @@ def test_target_is_a_pytree_and_moves_and_pickles():
     assert pinned_type is mk.MixedTarget
 
 
-class Collate:
-    """What a data loader's worker runs."""
-
-    def __init__(self, fn):
-        self.fn = fn
-
-    def __call__(self, rows):
-        x, labels = torch.utils.data.default_collate(rows)
-        return self.fn(x, labels)
-
-
-def test_in_the_collate_function_of_a_worker():
-    data = [(torch.full((3,), float(i)), i % CLASSES) for i in range(16)]
-    fn = mk.MixupE(generator=seeded())
-    copied = pickle.loads(pickle.dumps(fn))
-    loader = DataLoader(data, batch_size=8, num_workers=1, collate_fn=Collate(fn))
-    for x, target in loader:
-        labels = torch.tensor([int(value) % CLASSES for value in x[8:, 0]])
-        expected, expected_target = copied(x[8:].clone(), labels)
-        assert type(target) is mk.MixedTarget
-        torch.testing.assert_close(x, expected)
-        torch.testing.assert_close(target.lam, expected_target.lam)
-
-
 def test_deep_copies_draw_on_their_own():
     x, labels = samples()
     fn = mk.MixupE(0.3, generator=seeded())
@@ -351,7 +330,7 @@ def test_mixing_more_than_two_with_prob_keeps_the_own_sample():
     ("call", "error", "message"),
     [
         (lambda x, y: mk.MixupE(0.0), ValueError, "alpha must be a number > 0"),
-        (lambda x, y: mk.MixupE(1, -1), ValueError, "beta must be a number > 0"),
+        (lambda x, y: mk.MixupE(1, beta=-1), ValueError, "beta must be a number > 0"),
         (lambda x, y: mk.MixupE(clean_fraction=0), ValueError, r"clean_fraction must be a number in \(0, 1\], got 0"),
         (lambda x, y: mk.MixupE(clean_fraction=float("nan")), ValueError, "clean_fraction"),
         (lambda x, y: mk.MixupE(split=True), ValueError, "clean_fraction must be below 1 with split"),
@@ -406,6 +385,63 @@ def test_mix_labels():
     torch.testing.assert_close(mk.mix_labels(labels, partner, lam, 3, label_smoothing=0.3), smooth)
     one_hot = torch.eye(3)[labels]
     torch.testing.assert_close(mk.mix_labels(one_hot, partner, lam, 3), expected)
+
+
+MIXERS = [mk.Mixup, mk.MixupE]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_argument_stands_in_the_signature(mixer):
+    parameters = inspect.signature(mixer).parameters.values()
+    assert {parameter.kind for parameter in parameters} == {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    }
+    assert [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] == [
+        "alpha"
+    ]
+    documented = mk.Mixup.__doc__ + mixer.__doc__
+    for parameter in parameters:
+        assert re.search(rf"\b{parameter.name}\b[^\n]*: ", documented), parameter.name
+    with pytest.raises(TypeError, match=rf"{mixer.__name__}.* unexpected keyword argument 'clean_fracton'"):
+        mixer(clean_fracton=0.5)
+    with pytest.raises(TypeError, match=rf"{mixer.__name__}.* positional argument"):
+        mixer(1.0, 1.0)
+
+
+def test_repr_shows_what_was_given():
+    assert repr(mk.Mixup()) == "Mixup(1.0)"
+    assert repr(mk.MixupE(0.2, clean_fraction=1 / 4, pairing="flip")) == (
+        "MixupE(0.2, pairing='flip', clean_fraction=0.25)"
+    )
+    fn = mk.MixupE(mk.LinearRamp(0.1, 1, last_epoch=5), mean=torch.zeros(3), std=[1, 1, 1], generator=seeded(3))
+    assert repr(fn) == (
+        "MixupE(LinearRamp(0.1, 1, 0, last_epoch=5), mean=tensor([0., 0., 0.]), std=[1, 1, 1], generator=<cpu, seed 3>)"
+    )
+    assert repr(mk.Mixup(lam_distribution=mk.sampling.Fixed(0.5))) == "Mixup(1.0, lam_distribution=Fixed(value=0.5))"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_attributes_that_would_change_nothing_are_refused(mixer):
+    fn = mixer()
+    with pytest.raises(AttributeError, match=f"a {mixer.__name__} has no attribute 'enabld' to set; it has .*enabled"):
+        fn.enabld = False
+    with pytest.raises(AttributeError, match=f"prob of a {mixer.__name__} is fixed by its constructor"):
+        fn.prob = 0.5
+    with pytest.raises(TypeError, match="enabled must be True or False, got str 'no'"):
+        fn.enabled = "no"
+    fn.enabled = False
+    assert fn.enabled is False and not fn.active
+
+
+@pytest.mark.parametrize("options", [{}, {"clean_fraction": 1 / 8}, {"alpha": 0.2}, {"regularize": "mixed"}])
+def test_budget_of_calls_and_files(options):
+    x, labels = torch.randn(128, 10), torch.randint(10, (128,))
+    fn = mk.MixupE(**options)
+    fn(x, labels)
+    calls = followed(lambda: fn(x, labels))
+    assert len(calls) <= 20, calls
+    assert len({file for file, _ in calls}) <= 9, calls
 
 
 def test_apply_refuses_out_where_a_gradient_is_wanted():

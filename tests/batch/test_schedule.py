@@ -35,7 +35,7 @@ def test_ramp_of_alpha_moves_the_law_and_the_weight():
         fn.set_epoch(epoch)
         assert fn.lam_distribution.alpha == fn.lam_distribution.beta == alpha
         assert float(fn(x, labels)[1].reg_weight) == pytest.approx(mk.expected_a_lambda(alpha))
-    skewed = mk.Mixup(mk.LinearRamp(0.5, 2.0, last_epoch=3), 3.0)
+    skewed = mk.Mixup(mk.LinearRamp(0.5, 2.0, last_epoch=3), beta=3.0)
     assert (skewed.lam_distribution.alpha, skewed.lam_distribution.beta) == (0.5, 3.0)
     many = mk.Mixup(mk.LinearRamp(0.5, 2.0, last_epoch=3), num_samples=3, num_classes=4)
     many.set_epoch(1)
