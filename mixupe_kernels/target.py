@@ -77,7 +77,7 @@ def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     if not torch.compiler.is_compiling():  # a graph leaves it to scatter's own check
         reference.check_classes(labels, None, num_classes, IGNORE_INDEX)
     kept = (labels != IGNORE_INDEX).unsqueeze(1)
-    rows = torch.zeros(labels.shape[0], num_classes, device=labels.device)
+    rows = torch.zeros(labels.shape[0], num_classes, dtype=torch.float32, device=labels.device)
     return rows.scatter_(1, labels.unsqueeze(1).where(kept, 0), kept.float())
 
 
@@ -131,7 +131,7 @@ def mix_labels(
     if isinstance(lam, Tensor):
         check_range("lam", lam, 0, 1, "in [0, 1]")
     else:
-        lam = torch.full((), checks.fraction("lam", lam), device=labels.device)
+        lam = torch.full((), checks.fraction("lam", lam), dtype=torch.float32, device=labels.device)
     return _dense(labels, labels[partner], lam, num_classes, label_smoothing)
 
 

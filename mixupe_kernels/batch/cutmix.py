@@ -12,7 +12,8 @@ def draw_box(lam: Tensor, height: int, width: int, generator: torch.Generator | 
     The λ returned is the share of the pixels outside the clipped box, exact.
     """
     size = constant(
-        ("image", height, width, lam.device), lambda: torch.tensor([height, width], dtype=torch.float64).to(lam.device)
+        ("image", height, width, lam.device),
+        lambda: torch.tensor([height, width], dtype=torch.float64, device=lam.device),
     )
     centre = (torch.rand(2, dtype=torch.float64, device=lam.device, generator=generator) * size).floor()
     half = (0.5 * torch.sqrt(1 - lam.double()) * size).floor()

@@ -101,7 +101,7 @@ class Neighbors:
             ids = rows
         row_of = torch.full((total,), -1, device=device).scatter_(0, ids, rows)
         candidates = row_of[self.index[ids]]
-        score = torch.rand(candidates.shape, generator=generator, device=device)
+        score = torch.rand(candidates.shape, dtype=torch.float32, generator=generator, device=device)
         best, position = score.masked_fill_(candidates < 0, -1).max(1)
         return torch.where(best < 0, rows, candidates.gather(1, position.unsqueeze(1)).squeeze(1))
 
