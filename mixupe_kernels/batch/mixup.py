@@ -44,7 +44,8 @@ class Mixup:
     """Plain mixup of a batch and its labels (Zhang et al., 2018), our baseline: :class:`MixupE` without clean rows.
 
     Args:
-        alpha, beta: λ ~ Beta(alpha, beta), > 0; beta is alpha if None. alpha may be a :class:`LinearRamp` over epochs.
+        alpha, beta: λ ~ Beta(alpha, beta), > 0; beta is alpha if None. alpha may be a :class:`LinearRamp` over epochs. An
+            alpha of 0 is λ = 1, no mixing.
         per_sample: draw one λ for each sample instead of one for the batch.
         pairing: whom a sample is mixed with: ``"random"`` permutation, ``"flip"`` (B - 1 - i, as timm), ``"roll"``
             (i - 1, as torchvision), ``"derangement"`` (random, never itself), ``"same_class"``, ``"different_class"``,

@@ -158,6 +158,10 @@ class Plan:
         vars(self).update(state, generator=None if state["stream"] is None else state["stream"].generator)
 
     def _check_combination(self) -> None:
+        ramp = isinstance(self.alpha, LinearRamp)
+        alphas = (self.alpha.start, self.alpha.stop) if ramp else (self.alpha,)
+        if min(checks.non_negative("alpha", alpha) for alpha in alphas) == 0 and self.beta is not None:
+            raise ValueError(f"beta must be None where alpha is 0, no mixing, got {self.beta!r}")
         if self.num_samples == 1:
             raise ValueError("num_samples must be an int >= 2, got 1")
         if self.num_samples > 2:
@@ -168,19 +172,22 @@ class Plan:
             ):
                 if value is not None:
                     raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
-        if isinstance(self.alpha, LinearRamp) and self.given_law is not None:
+        if ramp and self.given_law is not None:
             raise ValueError(f"alpha must be a number where lam_distribution is given, got {self.alpha!r}")
         if self.cutmix is not None and self.per_sample:
             raise ValueError("per_sample must be False with cutmix_alpha, got True: a batch has one box")
 
+    def _law(self, alpha: float) -> sampling.Distribution | sampling.Dirichlet:
+        if self.given_law is not None:
+            return self.given_law
+        if alpha == 0:  # no mixing, as in timm
+            return sampling.Fixed(1.0)
+        return sampling.Dirichlet(alpha, self.num_samples) if self.num_samples > 2 else sampling.Beta(alpha, self.beta)
+
     def set_epoch(self, epoch: float) -> None:
         """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
         epoch = checks.non_negative("epoch", epoch)
-        alpha = self.alpha(epoch) if isinstance(self.alpha, LinearRamp) else self.alpha
-        if self.num_samples > 2:
-            law = sampling.Dirichlet(alpha, self.num_samples)
-        else:
-            law = self.given_law or sampling.Beta(alpha, self.beta)
+        law = self._law(self.alpha(epoch) if isinstance(self.alpha, LinearRamp) else self.alpha)
         factor = 0.0 if self.clean is None else self.clean.eta_factor(epoch) * self.clean.interval
         self.law, self.reg_weight = law, factor * law.expected_a_lambda
         self.progress.epoch = epoch
@@ -304,9 +311,12 @@ class Plan:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
         soft = one_hot(labels, self.num_classes)
-        weights = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
+        own = (sequence(terms, device) == 0).to(torch.float32)
+        weights = own
+        if isinstance(self.law, sampling.Dirichlet):  # else alpha is 0
+            weights = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
         if self.prob < 1:
-            weights = self._leave_some(weights, (sequence(terms, device) == 0).to(weights.dtype))
+            weights = self._leave_some(weights, own)
         weights = weights.expand(batch, terms)
         others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
         index = torch.stack([sequence(batch, device), *others], 1)

@@ -329,7 +329,9 @@ def test_mixing_more_than_two_with_prob_keeps_the_own_sample():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, y: mk.MixupE(0.0), ValueError, "alpha must be a number > 0"),
+        (lambda x, y: mk.MixupE(-0.1), ValueError, "alpha must be a number >= 0, got -0.1"),
+        (lambda x, y: mk.MixupE("1", lam_distribution=mk.sampling.Uniform()), TypeError, "alpha must be a number"),
+        (lambda x, y: mk.MixupE(0, beta=1.0), ValueError, "beta must be None where alpha is 0"),
         (lambda x, y: mk.MixupE(1, beta=-1), ValueError, "beta must be a number > 0"),
         (lambda x, y: mk.MixupE(clean_fraction=0), ValueError, r"clean_fraction must be a number in \(0, 1\], got 0"),
         (lambda x, y: mk.MixupE(clean_fraction=float("nan")), ValueError, "clean_fraction"),

@@ -42,6 +42,27 @@ def test_ramp_of_alpha_moves_the_law_and_the_weight():
     assert many.lam_distribution.alpha == 1.0
 
 
+@pytest.mark.parametrize("ramp", [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("options", [{}, {"per_sample": True}, {"num_samples": 3, "num_classes": 4, "prob": 0.5}])
+def test_a_ramp_of_alpha_may_begin_or_end_at_0(ramp, options):
+    fn = mk.MixupE(mk.LinearRamp(*ramp, last_epoch=2), **options)
+    x, labels = torch.randn(4, 2), torch.arange(4)
+    for epoch in range(4):
+        fn.set_epoch(epoch)
+        rows, target = fn(x, labels)
+        if fn.alpha(epoch) == 0:
+            assert torch.equal(rows[:4], x) and bool((target.lam == 1).all()) and float(target.reg_weight) == 0
+            torch.testing.assert_close(target.dense(4)[:4], torch.eye(4))
+        else:
+            assert float(target.reg_weight) > 0
+
+
+def test_alpha_of_0_is_no_mixing():
+    x, labels = torch.randn(4, 2), torch.arange(4)
+    rows, target = mk.Mixup(0)(x, labels)
+    assert torch.equal(rows, x) and bool((target.lam == 1).all())
+
+
 def test_ramp_of_eta_is_a_factor_of_the_regularizer():
     x, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     losses = {}
@@ -113,7 +134,7 @@ def test_state_without_a_generator_and_enabled():
         (lambda: mk.MixupE().set_epoch(-1), ValueError, "epoch must be a number >= 0"),
         (lambda: mk.MixupE(eta_ramp=0.5), TypeError, "eta_ramp must be a function of the epoch"),
         (lambda: mk.MixupE(eta_ramp=lambda epoch: -1.0), ValueError, r"eta_ramp\(epoch\) must be a number >= 0"),
-        (lambda: mk.MixupE(mk.LinearRamp(0, 1, last_epoch=1)), ValueError, "alpha must be a number > 0, got 0"),
+        (lambda: mk.MixupE(mk.LinearRamp(1, -1, last_epoch=1)), ValueError, "alpha must be a number >= 0, got -1"),
         (
             lambda: mk.MixupE(mk.LinearRamp(1, 2, last_epoch=1), lam_distribution=mk.sampling.Uniform()),
             ValueError,
