@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import mixupe_kernels as mk
+from mixupe_kernels.ops import backends
 
 from . import results, run, workloads
 from .cases import GPU_CASES, Case, Row, Verdict
@@ -41,7 +42,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 def gpu_backends(dry: bool) -> list[str]:
     """Backends that serve CUDA tensors here; in a dry run those that can stand in for them."""
-    names = ("triton", "reference") if dry else ("triton", "cuda", "reference")
+    names = ("triton", "reference") if dry else backends.backends_for("cuda")
     return [name for name in names if name in mk.available_backends()]
 
 

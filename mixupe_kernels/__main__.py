@@ -17,14 +17,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _build_facts() -> dict[str, object]:
-    try:
-        from mixupe_kernels import _build
-    except ImportError:
-        return {"build": "nothing compiled"}
-    return _build.facts()
-
-
 def report() -> list[tuple[str, str]]:
     """(topic, finding) pairs."""
     lines = [
@@ -37,9 +29,10 @@ def report() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         lines.append(("device", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"))
-    lines += [(topic.replace("_", " "), str(finding)) for topic, finding in _build_facts().items()]
+    facts = backends.build_facts() or {"build": "nothing compiled"}
+    lines += [(topic.replace("_", " "), str(finding)) for topic, finding in facts.items()]
     missing = backends.missing_backends()
-    for name in ("reference", "cpp", "triton", "cuda"):
+    for name in [*backends.available_backends(), *missing]:
         lines.append((f"backend {name}", f"missing: {missing[name]}" if name in missing else "works"))
     lines.append(("CPU tensors use", backends.serving("cpu")))
     if torch.cuda.is_available():

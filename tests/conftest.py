@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
+from mixupe_kernels.ops import backends
 
 torch.set_num_threads(2)
 
@@ -12,11 +13,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`python -m bench gpu` runs these)")
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=[name for name in backends.backends_for("cpu") if name != "triton"])
 def backend(request):
     """Each CPU backend in turn. The Triton kernels have the same cases in test_triton_interpreter.py."""
     if request.param not in mk.available_backends():
-        pytest.skip(f"backend {request.param} is not available: {mk.ops.backends.missing_backends()[request.param]}")
+        pytest.skip(f"backend {request.param} is not available: {backends.missing_backends().get(request.param)}")
     with mk.use_backend(request.param):
         yield request.param
 

@@ -1,125 +1,263 @@
-"""The backends that stand behind ``torch.ops.mixupe``, and what to do to get a missing one.
+"""The backends that stand behind ``torch.ops.mixupe``: one table, why one is missing, and the switch between them.
 
-The dispatcher is the only table: the reference is registered for every device by ``ops``; the compiled library takes
-the CPU key as it loads; on CUDA Triton takes the key where it can, else the compiled library. ``use_backend`` puts
-another backend's functions on top, for as long as its block runs.
+The dispatcher finds the kernel of a call. The reference is registered for every device by ``ops``; a compiled library takes
+its dispatch key as it loads. Every other choice goes through *switches*: Python kernels, registered once for a key and never
+taken back, that look up which backend serves it. A key whose compiled library serves it has none until ``use_backend`` asks
+for another backend; from then on a call costs 2 µs more (torch 2.13).
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
+import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from . import operators, reference
+from .. import debug
+from . import reference
+from .registration import operators
 
 _PACKAGE = Path(__file__).parents[1]
+KEYS = ("CPU", "CUDA")  # dispatch keys with more than the reference
+
+Functions = dict[str, Callable[..., Any]]
 
 
-def _load_library(name: str) -> str:
-    """Load a compiled library; return why it could not be, or an empty string."""
+class Unavailable(Exception):
+    """A backend cannot be used here; the message says why."""
+
+
+class Backend(NamedTuple):
+    """A backend.
+
+    Attributes:
+        name: as ``use_backend`` takes it.
+        keys: dispatch keys it may serve by default. The first backend of the table that works serves a key.
+        functions: returns operator → function of the reference's arguments; raises :class:`Unavailable`. An operator that is
+            not there runs on the reference.
+        on_request: dispatch keys that it serves inside ``use_backend`` only.
+        listed: whether users are told that it is missing. False for what only tests use.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    functions: Callable[[], Functions]
+    on_request: tuple[str, ...] = ()
+    listed: bool = True
+
+
+def _reference() -> Functions:
+    return {operator: getattr(reference, operator) for operator in operators()}
+
+
+def _triton() -> Functions:
+    if importlib.util.find_spec("triton") is None:
+        raise Unavailable("the triton package is not installed")
+    if not _INTERPRETED and not torch.cuda.device_count():
+        raise Unavailable("no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+    try:
+        return importlib.import_module("mixupe_kernels.ops.triton").KERNELS
+    except ImportError as error:
+        raise Unavailable(f"the triton package does not import: {error}") from error
+
+
+def _cuda() -> Functions:
+    if not torch.cuda.device_count():
+        raise Unavailable("no CUDA device")
+    return _compiled("cuda", "_cuda", "CUDA")
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The table. A further backend is one line here, and the file that its functions are in.
+BACKENDS = (
+    Backend("cpp", ("CPU",), lambda: _compiled("cpp", "_cpu", "CPU")),
+    Backend("triton", ("CUDA",), _triton, on_request=("CPU",) if _INTERPRETED else ()),
+    Backend("cuda", ("CUDA",), _cuda),
+    Backend("reference", KEYS, _reference),
+)
+
+
+def _truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its segments do. The loader would map them, and reading one would kill the process."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01" or len(data) < 64:  # 64 bits, little-endian
+        return False
+    table, size, count = struct.unpack_from("<Q", data, 32)[0], *struct.unpack_from("<HH", data, 54)
+    if table + size * count > len(data):
+        return True
+    segments = (struct.unpack_from("<QQQQ", data, table + size * index + 8) for index in range(count))
+    return any(offset + stored > len(data) for offset, _, _, stored in segments)
+
+
+def _load(name: str, key: str) -> Functions:
+    """Load a compiled library of the package, and return the kernels that it registered for a dispatch key."""
     path = _PACKAGE / f"{name}.so"
     if not path.exists():
         log = _PACKAGE / "_build_log.txt"
-        reason = log.read_text().strip() if log.exists() else "install with a C++ compiler, see README"
-        return f"{path.name} is not built: {reason}"
+        # A compiler writes in the locale's encoding.
+        reason = log.read_text("utf-8", errors="replace").strip() if log.exists() else ""
+        raise Unavailable(f"{path.name} is not built: {reason or 'install with a C++ compiler, see README'}")
     try:
+        if _truncated(path):
+            raise OSError(f"{path}: the file is truncated")
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        # torch's own error says only which file it was; the loader's is its cause.
+        raise Unavailable(f"{path.name} does not load: {error.__cause__ or error}") from error
+    overloads = {operator: getattr(torch.ops.mixupe, operator).default for operator in operators()}
+    found = {name: overload for name, overload in overloads.items() if overload.has_kernel_for_dispatch_key(key)}
+    if not found:
+        raise Unavailable(
+            f"{path.name} registers no operator for {key}: it is of another version, or no library of ours"
+        )
+    return {operator: _boxed(torch.library.get_kernel(overload, key)) for operator, overload in found.items()}
+
+
+def _boxed(kernel) -> Callable[..., Any]:
+    def call(keyset, *args, **kwargs):
+        return kernel.call_boxed(keyset, *args, **kwargs)
+
+    call.takes_keyset = True  # type: ignore[attr-defined]
+    return call
+
+
+# Dispatch key → the backend that the dispatcher itself finds there, under the switches.
+_native = dict.fromkeys(KEYS, "reference")
+_with_switches: set[str] = set()
+
+
+@functools.cache
+def _load_once(backend: str, name: str, key: str) -> Functions | str:
+    """The library's kernels, or why there are none."""
+    try:
+        functions = _load(name, key)
+    except Unavailable as why:
+        return str(why)
+    _native[key] = backend
+    _with_switches.discard(key)  # the library has registered its kernels over them
+    return functions
+
+
+def _compiled(backend: str, name: str, key: str) -> Functions:
+    found = _load_once(backend, name, key)
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+def _why_missing(backend: Backend) -> str:
+    try:
+        backend.functions()
+    except Unavailable as why:
+        return str(why)
     return ""
-
-
-def serving(device: torch.device | str) -> str:
-    """The backend that serves tensors on ``device`` now."""
-    key = torch.device(device).type.upper()
-    if key in _table.serving:
-        return _table.serving[key]
-    compiled = {"CPU": "cpp", "CUDA": "cuda"}.get(key)
-    return compiled if compiled in available_backends() else "reference"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_no_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return ""
-
-
-# Compiled backend → why it cannot be used here; an empty string where it can. Loading one registers its kernels.
-_missing_library = {
-    "cpp": _load_library("_cpu"),
-    "cuda": _load_library("_cuda") if torch.cuda.is_available() else "no CUDA device",
-}
 
 
 def missing_backends() -> dict[str, str]:
     """Each backend that cannot be used here, with the reason."""
-    reasons = {"reference": "", **_missing_library, "triton": _why_no_triton()}
-    return {name: reasons[name] for name in ("reference", "cpp", "triton", "cuda") if reasons[name]}
+    reasons = {backend.name: _why_missing(backend) for backend in BACKENDS if backend.listed}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def available_backends() -> list[str]:
     """Names of the backends that work here, for :func:`use_backend`.
 
     ``"reference"`` is plain PyTorch and always there; ``"cpp"`` runs on CPU tensors, ``"triton"`` and ``"cuda"`` on CUDA
-    tensors (``"triton"`` on CPU tensors too where the environment has TRITON_INTERPRET=1).
+    tensors (``"triton"`` on CPU tensors too, if the environment has TRITON_INTERPRET=1). A device is served by the first of
+    the list that can.
     """
-    return [name for name in ("reference", "cpp", "triton", "cuda") if name not in missing_backends()]
+    return [backend.name for backend in BACKENDS if not _why_missing(backend)]
 
 
-def _functions(name: str) -> dict[str, Callable]:
-    """What to put over the compiled kernels of a dispatch key; nothing, where they are what is wanted."""
-    if name == "reference":
-        return {operator: getattr(reference, operator) for operator in operators()}
-    if name == "triton":
-        return importlib.import_module("mixupe_kernels.ops.triton").KERNELS
-    return {}
+def backends_for(device: torch.device | str) -> list[str]:
+    """Names of the backends for a device's tensors, by default or on request, whether they work here or not."""
+    key = torch.device(device).type.upper()
+    return [backend.name for backend in BACKENDS if key in backend.keys + backend.on_request]
 
 
-# Dispatch keys each backend serves.
-_KEYS = {"reference": ("CPU", "CUDA"), "cpp": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA",)}
+# The blocks of use_backend that are being run, in the order of their beginnings, and the lock for it and what follows.
+_requests: list[Backend] = []
+_lock = threading.RLock()
+_serving: dict[str, Functions] = {}
+_library = torch.library.Library("mixupe", "IMPL")
 
 
-class _Table:
-    """Which backend serves which dispatch key, and the registrations that make it so."""
-
-    def __init__(self):
-        self.serving = {}
-        self.library = None
-
-    def install(self, serving: dict[str, str]) -> None:
-        functions = [(key, _functions(name)) for key, name in serving.items()]
-        if self.library is not None:
-            self.library._destroy()
-        self.serving, self.library = serving, torch.library.Library("mixupe", "IMPL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # taking a key over is what is asked for
-            for key, operators in functions:
-                for operator, function in operators.items():
-                    self.library.impl(operator, function, key, allow_override=True)
+def _chosen(key: str) -> Backend:
+    for backend in reversed(_requests):
+        if key in backend.keys + backend.on_request:
+            return backend
+    return next(backend for backend in BACKENDS if key in backend.keys and not _why_missing(backend))
 
 
-_table = _Table()
-if torch.cuda.is_available() and not _why_no_triton():
-    _table.install({"CUDA": "triton"})
+def serving(device: torch.device | str) -> str:
+    """The backend that serves tensors on ``device`` now."""
+    key = torch.device(device).type.upper()
+    with _lock:
+        return _chosen(key).name if key in KEYS else "reference"
+
+
+def _serve() -> None:
+    """Make the switches of each key find the backend that was chosen for it; put them in if they are needed."""
+    with _lock:
+        for key in KEYS:
+            backend = _chosen(key)
+            if backend.name == _native[key] and key not in _with_switches and not debug.ON:
+                continue
+            given = {**_reference(), **backend.functions()}
+            _serving[key] = {operator: _for_switch(operator, key, backend, given[operator]) for operator in operators()}
+            _put_in_switches(key)
+
+
+def _for_switch(operator: str, key: str, backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as a switch calls it: with the call's set of dispatch keys first, and logged if that is asked for."""
+    called = (
+        function if getattr(function, "takes_keyset", False) else lambda _, *args, **kwargs: function(*args, **kwargs)
+    )
+    if not debug.ON:
+        return called
+
+    def logged(keyset, *args, **kwargs):
+        debug.ran(f"{operator} on {key}", f"backend {backend.name}")
+        return called(keyset, *args, **kwargs)
+
+    return logged
+
+
+def _put_in_switches(key: str) -> None:
+    if key in _with_switches:
+        return
+    _with_switches.add(key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # taking a key over is what is asked for
+        for operator in operators():
+            _library.impl(operator, _switch(operator, key), key, with_keyset=True, allow_override=True)
+
+
+def _switch(operator: str, key: str) -> Callable[..., Any]:
+    def switch(keyset, *args, **kwargs):
+        if key not in _serving:
+            _serve()
+        return _serving[key][operator](keyset, *args, **kwargs)
+
+    return switch
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the block's operators on one backend, whatever the default for the device is.
 
-    The switch is process-wide, as the dispatcher's table is. Tensors on a device that the backend does not serve keep
-    their default. A graph compiled before the block calls through the dispatcher and so follows the switch.
+    The switch is process-wide, as backward passes on CUDA run in threads of their own: while several blocks are being run,
+    in one thread or in several, the one that began last decides, and when it ends the one before it decides again, in
+    whatever order they end. Tensors on a device that the backend does not serve keep their default. A graph compiled before
+    the block calls through the dispatcher and so follows the switch.
 
     Args:
         name: one of :func:`available_backends`.
@@ -127,15 +265,40 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for another name; the message says why a known backend is missing here.
     """
-    if name not in available_backends():
-        reason = missing_backends().get(name)
-        detail = f": {reason}" if reason else ""
+    backend = next((backend for backend in BACKENDS if backend.name == name), None)
+    reason = "" if backend is None else _why_missing(backend)
+    if backend is None or reason:
         options = ", ".join(map(repr, available_backends()))
-        raise ValueError(f"backend must be one of {options}, got {name!r}{detail}")
-    keys = ("CPU", "CUDA") if name == "triton" and _interpreted() else _KEYS[name]
-    before = _table.serving
-    _table.install({**before, **dict.fromkeys(keys, name)})
+        raise ValueError(f"backend must be one of {options}, got {name!r}{reason and f': {reason}'}")
+    request = backend._replace()  # an object of this block's own
+    with _lock:
+        _requests.append(request)
+        _serve()
     try:
         yield
     finally:
-        _table.install(before)
+        with _lock:
+            _requests[:] = [other for other in _requests if other is not request]
+            _serve()
+
+
+def build_facts() -> dict[str, object]:
+    """What the compiled CPU library was built with; nothing if it does not serve, or the facts are of another install."""
+    if _native["CPU"] == "reference":
+        return {}
+    try:
+        from mixupe_kernels import _build  # type: ignore[attr-defined]
+    except ImportError:
+        return {}
+    return _build.facts() if Path(_build.__file__).parent == _PACKAGE else {}
+
+
+# Nothing here asks for a CUDA device: the driver, once initialised, does not survive a fork.
+_load_once("cpp", "_cpu", "CPU")
+if torch.backends.cuda.is_built():
+    _load_once("cuda", "_cuda", "CUDA")
+    if importlib.util.find_spec("triton") is not None:
+        _put_in_switches("CUDA")  # the first call finds out which backend works
+if debug.ON:
+    for _key in KEYS:
+        _put_in_switches(_key)
