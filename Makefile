@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-matrix lint clean
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -15,12 +15,16 @@ test: $(READY)
 	$(BIN)/python -m pytest tests -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py -q -n 2
 
+# LEG=torch-2.10 runs that one. MIXUPE_ENVIRONMENTS is a folder for their environments that outlives this checkout.
+test-matrix: $(READY)
+	$(BIN)/python -m tests.matrix $(LEG)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # torch first and alone: the build needs it, and no build environment should fetch another one.
-$(VENV)/.installed: requirements.lock
+$(VENV)/.installed: requirements.lock requirements/tests.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
 	$(BIN)/pip install --quiet -r requirements.lock
@@ -31,4 +35,4 @@ $(READY): $(VENV)/.installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build mixupe_kernels/*.so *.egg-info
+	rm -rf $(VENV) .matrix build mixupe_kernels/*.so *.egg-info

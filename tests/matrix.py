@@ -1,0 +1,161 @@
+"""Runs tests under other versions of torch and Triton: `make test-matrix`, or `make test-matrix LEG=torch-2.10` for one.
+
+A leg has an environment of its own, made from requirements/LEG.lock and kept while that is unchanged. Its tests run in a
+copy of the sources, in which a wheel's package replaces the checkout's. The torch of development builds that wheel:
+every torch must load the same libraries. A leg that says ``builds`` then tests a wheel that its own torch builds.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+MATRIX = ROOT / ".matrix"
+# Environments take 20 GB and ten minutes; checkouts on one machine can share them.
+ENVIRONMENTS = Path(os.environ.get("MIXUPE_ENVIRONMENTS") or MATRIX / "environments")
+
+
+class Run(NamedTuple):
+    modules: str  # of tests; all of them if empty
+    interpreted: bool = False
+
+
+class Leg(NamedTuple):
+    runs: tuple[Run, ...]
+    builds: bool = False
+
+
+# Operators, transforms, losses, and steps under torch.compile: what meets torch's interfaces.
+TORCH = Run("test_transforms test_ops test_loss test_linear test_training")
+TRITON = (Run("test_triton_aot"), Run("test_triton_interpreter", interpreted=True))
+LEGS = {
+    "torch-2.10": Leg((TORCH,)),
+    "torch-2.14": Leg((Run(""), TRITON[1]), builds=True),
+    "torch-2.15": Leg((TORCH,)),
+    "triton-3.6": Leg(TRITON),
+    "triton-3.8": Leg(TRITON),
+}
+
+
+def call(*command, **options) -> None:
+    subprocess.run([str(part) for part in command], check=True, **options)
+
+
+def with_tools(python: Path) -> str:
+    """PATH with the commands of an environment first: cmake and ninja, among others."""
+    return os.pathsep.join([str(python.parent), os.environ["PATH"]])
+
+
+def locked(path: Path) -> str:
+    """The lines of a lock file and of those it includes."""
+    lines = path.read_text().splitlines()
+    return "\n".join(locked(path.parent / line[3:]) if line.startswith("-r ") else line for line in lines)
+
+
+def environment(leg: str) -> Path:
+    """The Python of a leg's environment, which is made if there is none for this lock file."""
+    lock = ROOT / "requirements" / f"{leg}.lock"
+    content = locked(lock)
+    folder = ENVIRONMENTS / f"{leg}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    python, ready = folder / "bin/python", folder / ".ready"
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another checkout may be making the same one
+        if not ready.exists():
+            venv.create(folder, clear=True, with_pip=True)
+            # The lock file alone says which versions: a machine may cap torch.
+            unconstrained = {**os.environ, "PIP_CONSTRAINT": os.devnull}
+            (torch,) = re.findall(r"^torch==.*", content, re.MULTILINE)
+            for what in ([torch], ["-r", lock]):
+                call(python, "-m", "pip", "install", "--quiet", *what, env=unconstrained)
+            ready.touch()
+    return python
+
+
+def copy_sources(folder: Path) -> None:
+    """The checkout's files that git knows or would add, in a folder without any others but what a build left there."""
+    if folder.exists():
+        for old in folder.iterdir():
+            if old.name != "build":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def build_wheel(python: Path, folder: Path) -> Path:
+    """A wheel of the checkout, built with the torch of an environment."""
+    source, wheels = folder / "source", folder / "wheel"
+    copy_sources(source)
+    for stale in (wheels, *source.glob("build/lib*"), *source.glob("build/bdist*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels]
+    call(python, "-m", "pip", "wheel", *options, source, env={**os.environ, "PATH": with_tools(python)})
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
+def install(name: str, python: Path, wheel: Path) -> Path:
+    """The folder that a leg's tests run in: the sources, with the package of the wheel in place of the checkout's."""
+    folder = MATRIX / name / "checkout"
+    copy_sources(folder)
+    shutil.rmtree(folder / "mixupe_kernels")
+    call(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel)
+    check = "import mixupe_kernels as mk; assert 'cpp' in mk.available_backends(), mk.backends.missing_backends()"
+    call(python, "-c", check, cwd=folder)
+    return folder
+
+
+def files_of(run: Run, root: Path) -> list[Path]:
+    """The files of a run's tests, wherever below tests/ they are."""
+    found = {module: list(root.glob(f"tests/**/{module}.py")) for module in run.modules.split()}
+    if wrong := {module: files for module, files in found.items() if len(files) != 1}:
+        raise FileNotFoundError(f"each module of the matrix must be one file, got {wrong}")
+    return [file for (file,) in found.values()] or [root / "tests"]
+
+
+def run_tests(python: Path, folder: Path, run: Run) -> tuple[int, str]:
+    """Pytest's exit status and its last line."""
+    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *files_of(run, folder)]
+    variables = {**os.environ, "PATH": with_tools(python), "PYTHONPATH": str(folder)}
+    if run.interpreted:
+        variables["TRITON_INTERPRET"] = "1"
+    last = ""
+    with subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    return process.returncode, last
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - set(LEGS):
+        sys.exit(f"LEG must be one of {', '.join(LEGS)}, got {', '.join(unknown)}")
+    development = build_wheel(Path(sys.executable), MATRIX / "development")
+    failed, summary = False, []
+    for name in names or LEGS:
+        print(f"== {name}", flush=True)
+        python, leg = environment(name), LEGS[name]
+        folder = install(name, python, development)
+        if leg.builds:
+            folder = install(name, python, build_wheel(python, MATRIX / name))
+        for run in leg.runs:
+            status, last = run_tests(python, folder, run)
+            failed |= status != 0
+            summary.append(f"{name}, {run.modules or 'all tests'}: {last}")
+    print("==", *summary, sep="\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""The legs of `make test-matrix` name files that there are; what they test takes too long to try here."""
+
+import re
+
+import pytest
+
+from tests import matrix
+
+
+@pytest.mark.parametrize("name", matrix.LEGS)
+def test_every_leg_has_its_lock_and_its_tests(name):
+    assert re.search(r"^torch==", matrix.locked(matrix.ROOT / "requirements" / f"{name}.lock"), re.MULTILINE)
+    for run in matrix.LEGS[name].runs:
+        assert all(path.exists() for path in matrix.files_of(run, matrix.ROOT))
+
+
+def test_every_lock_has_its_leg():
+    locks = {path.stem for path in (matrix.ROOT / "requirements").glob("t*-*.lock")}
+    assert locks == set(matrix.LEGS)
+
+
+def test_a_lock_includes_what_it_names():
+    assert "pytest==" in matrix.locked(matrix.ROOT / "requirements.lock")
+
+
+def test_a_missing_module_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="test_gone"):
+        matrix.files_of(matrix.Run("test_gone"), tmp_path)
+
+
+def test_an_unknown_leg_is_refused():
+    with pytest.raises(SystemExit, match="LEG must be one of torch-2.10, .*, got torch-1.0"):
+        matrix.main(["torch-1.0"])
