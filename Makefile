@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-matrix lint clean
+.PHONY: demo test test-matrix lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -19,9 +19,14 @@ test: $(READY)
 test-matrix: $(READY)
 	$(BIN)/python -m tests.matrix $(LEG)
 
+# .pre-commit-config.yaml is the list.
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/pre-commit run --all-files
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files csrc)
 
 # torch first and alone: the build needs it, and no build environment should fetch another one.
 $(VENV)/.installed: requirements.lock requirements/tests.lock
