@@ -83,8 +83,9 @@ UNCHANGED = Arguments(None, None, None, None)
 class Transform:
     """f(x) = (x - mean) / std per channel (dimension 1), in a dtype and a memory format.
 
-    uint8 is divided by 255 first, as by torchvision's ``to_dtype(scale=True)``, and becomes float32 where no dtype is
-    given; a floating-point dtype stays where none is given.
+    uint8 is divided by 255 first, as by torchvision's ``to_dtype(scale=True)``, and becomes float32 if no dtype is given.
+    With neither mean and std nor a dtype it stays uint8, for whatever normalises afterwards. A floating-point dtype stays if
+    none is given.
     """
 
     def __init__(self, mean, std, dtype: torch.dtype | None, memory_format: torch.memory_format | None):
@@ -128,7 +129,7 @@ class Transform:
         memory_format = self.memory_format if FORMATS.get(self.memory_format, x.dim()) == x.dim() else None
         mean, std, per = self.mean if normalise else None, self.std, 1.0
         dtype = self.dtype
-        if x.dtype == torch.uint8:
+        if x.dtype == torch.uint8 and not (self.mean is self.dtype is None):
             per, dtype = 255.0, dtype or torch.float32
             if mean is None:
                 channels = x.shape[1] if x.dim() >= 2 else 1

@@ -22,8 +22,14 @@ from .schedule import LinearRamp
 def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None) -> Tensor:
     """The N rows that were drawn, made of the samples ``x`` in one pass, into fresh memory or into ``out``."""
     scale, shift, dtype, memory_format = arguments
+    rows = draw.target.lam.shape[0]
+    if out is not None and out.shape[0] != rows:
+        out = out[:rows]
     if draw.plain and out is None and scale is None and dtype in (None, x.dtype):
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
+    if x.dtype is torch.uint8 and dtype is None:
+        values = write(draw, x, arguments._replace(dtype=torch.float32), None).round_().to(torch.uint8)
+        return values if out is None else out.copy_(values)
     if draw.offsets is not None:
         if arguments != inputs.UNCHANGED:
             # A pass of its own: the sum over samples takes weights, not a transform.
@@ -33,8 +39,6 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     lam = draw.lam.double() if x.dtype is torch.float64 else draw.lam
     if out is None:
         return ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments, draw.box)
-    rows = draw.target.lam.shape[0]
-    out = out if out.shape[0] == rows else out[:rows]
     ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, draw.box, out=out)
     return out
 
@@ -60,8 +64,9 @@ class Mixup:
             None. One box a batch; λ is corrected to its true area.
         switch_prob: probability of CutMix where ``cutmix_alpha`` is given, in [0, 1].
         mean, std: normalise the channels (dimension 1), x → (x - mean) / std as torchvision's ``Normalize``, in the same
-            pass. uint8 is scaled to [0, 1] first, also without mean and std.
-        dtype: of the batch returned; x's if None, float32 for uint8.
+            pass. uint8 is scaled to [0, 1] first.
+        dtype: of the batch returned; x's if None, but float32 for uint8 with mean and std. uint8 with a dtype is scaled to
+            [0, 1]; with neither it stays uint8, mixed and rounded, for loaders that normalise afterwards.
         memory_format: of the batch returned; x's if None.
         inplace: mix in the memory of x, which is then what is returned. Only for ``pairing="flip"`` without clean
             rows, and for x that needs no gradient and keeps its dtype.
@@ -311,7 +316,8 @@ class Mixup:
         if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:
             expected = ", ".join(map(str, x.shape[1:]))
             raise ValueError(f"{name} must have shape (>= {rows}, {expected}), got {tuple(out.shape)}")
-        checks.dtype(name, out, checks.LOGITS_DTYPES if self.transform.dtype is None else (dtype,))
+        free = self.transform.dtype is None and dtype is not torch.uint8
+        checks.dtype(name, out, checks.LOGITS_DTYPES if free else (dtype,))
         return out
 
     def _image_size(self, samples) -> tuple[int, int]:

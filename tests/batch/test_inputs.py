@@ -24,9 +24,9 @@ def images(dtype, layout="contiguous", batch=8, size=(3, 6, 5)):
 
 def normalised(x, mean=MEAN, std=STD):
     """torchvision's to_dtype(scale=True) and Normalize, in float64."""
-    values = x.double() / 255 if x.dtype == torch.uint8 else x.double()
     if mean is None:
-        return values
+        return x.double()
+    values = x.double() / 255 if x.dtype == torch.uint8 else x.double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, *[1] * (x.dim() - 2)) for v in (mean, std))
     return (values - mean) / std
 
@@ -75,10 +75,52 @@ def test_memory_format(x_dtype, wanted, layout, backend):
     x = images(x_dtype, layout)
     (rows, _), draw = call_and_draw(fn, x, torch.arange(8))
     assert rows.is_contiguous(memory_format=wanted)
-    torch.testing.assert_close(rows.double(), by_hand(draw, normalised(x, None)), **tolerance(torch.float32))
+    expected = by_hand(draw, normalised(x, None))
+    if x_dtype == torch.uint8:
+        expected = expected.round()
+    assert rows.dtype == x_dtype
+    torch.testing.assert_close(rows.double(), expected, **tolerance(torch.float32))
     fn.enabled = False
     plain, _ = fn(x, torch.arange(8))
-    assert plain.is_contiguous(memory_format=wanted) and plain.dtype == torch.float32
+    assert plain.is_contiguous(memory_format=wanted) and plain.dtype == x_dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clean_fraction": 1 / 2},
+        {"split": True, "clean_fraction": 1 / 4, "per_sample": True},
+        {"regularize": "mixed", "pairing": "flip"},
+    ],
+)
+def test_uint8_stays_uint8_for_what_normalises_afterwards(layout, options, backend):
+    x = images(torch.uint8, layout)
+    fn = mk.MixupE(0.5, generator=torch.Generator().manual_seed(0), **options)
+    (rows, target), draw = call_and_draw(fn, x, torch.arange(8))
+    expected = by_hand(draw, x.double())
+    assert rows.dtype == torch.uint8 and bool(((rows - expected).abs() <= 0.5 + 1e-4).all())
+    assert torch.equal(rows[target.num_mixed :].double(), expected[target.num_mixed :])  # clean rows, exactly
+    buffer = torch.zeros(fn.num_rows(8), 3, 6, 5, dtype=torch.uint8)
+    again = mk.MixupE(0.5, generator=torch.Generator().manual_seed(0), **options)
+    written, _ = again(x, torch.arange(8), out=buffer)
+    assert written.data_ptr() == buffer.data_ptr() and torch.equal(written, rows)
+    with pytest.raises(TypeError, match="out must have dtype uint8, got float32"):
+        again(x, torch.arange(8), out=buffer.float())
+
+
+def test_uint8_in_place_with_boxes_and_of_many(backend):
+    x, labels = images(torch.uint8), torch.arange(8)
+    options = {"pairing": "flip", "lam_distribution": mk.sampling.Fixed(0.25)}
+    expected = (0.25 * x.double() + 0.75 * x.double().flip(0)).round()
+    memory = x.clone()
+    rows, _ = mk.Mixup(inplace=True, **options)(memory, labels)
+    assert rows is memory and torch.equal(rows.double(), expected)
+    rows, target = mk.Mixup(cutmix_alpha=1.0, switch_prob=1.0)(x, labels)
+    assert rows.dtype == torch.uint8 and 0 < target.lam[0] < 1
+    rows, _ = mk.Mixup(num_samples=3, num_classes=8)(x, labels)
+    assert rows.dtype == torch.uint8 and 50 < rows.float().mean() < 200
 
 
 def test_video_in_channels_last_3d(backend):
@@ -98,7 +140,11 @@ def test_plain_samples_are_normalised_and_cast(x_dtype, options, backend):
     for rows, target in (fn(x, labels), mk.MixupE(**options).plain(x, labels)):
         assert (target.num_mixed, target.num_reg) == (8, 0) and target.labels is labels
         expected = normalised(x, options.get("mean"))
+        if x_dtype == torch.uint8 and "dtype" in options:
+            expected = expected / 255
         torch.testing.assert_close(rows.double(), expected, **tolerance(options.get("dtype", torch.float32)))
+    if x_dtype == torch.uint8 and not options:
+        return
     out = torch.full((11, 3, 6, 5), float("nan"), dtype=options.get("dtype"))
     with pytest.raises(
         ValueError, match="out must have shape"
@@ -209,7 +255,7 @@ def test_keys_choose():
     labels = torch.arange(4)
     rows, _ = mk.Mixup(keys=["a", "mask"], lam_distribution=mk.sampling.Fixed(0.0), pairing="flip")(batch, labels)
     assert rows["b"] is batch["b"] and torch.equal(rows["a"], batch["a"].flip(0))
-    torch.testing.assert_close(rows["mask"], batch["mask"].flip(0) / 255)
+    assert torch.equal(rows["mask"], batch["mask"].flip(0))
     rows, _ = mk.Mixup()(batch, labels)
     assert rows["mask"] is batch["mask"]  # two dimensions: no image
 
