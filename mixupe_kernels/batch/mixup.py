@@ -40,6 +40,8 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     if out is None:
         return ops.call(ops.mix_op, x, draw.partner, lam, draw.rows, *arguments, draw.box)
     ops.call(ops.mix_out_op, x, draw.partner, lam, draw.rows, scale, shift, draw.box, out=out)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a graph that saved what it held must not go on with these values
     return out
 
 
@@ -312,6 +314,7 @@ class Mixup:
             raise ValueError("out must be None with num_samples > 2, got a tensor")
         checks.tensor(name, out)
         checks.same_device(name, out, "x", x)
+        checks.no_gradient("out", **{name: out})
         rows = self.num_rows(x.shape[0])
         if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:
             expected = ", ".join(map(str, x.shape[1:]))

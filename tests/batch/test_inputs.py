@@ -186,6 +186,24 @@ def test_out_is_reused_and_written_in_full(backend):
         assert bool(buffer[len(rows) :].isnan().all())
 
 
+@pytest.mark.parametrize("options", [{}, {"clean_fraction": 1 / 2}, {"dtype": torch.float32}])
+def test_a_graph_that_saved_the_buffer_raises(options, backend):
+    x, labels = images(torch.float32), torch.arange(8)
+    weight = torch.ones((), requires_grad=True)
+    fn = mk.MixupE(**options)
+    buffer = torch.empty(fn.num_rows(8), 3, 6, 5)
+    rows, _ = fn(x, labels, out=buffer)
+    loss = (weight * rows).sum()
+    fn(x, labels, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    rows, _ = mk.Mixup(pairing="flip", inplace=True)(x, labels)
+    loss = (weight * rows).sum()
+    mk.Mixup(pairing="flip", inplace=True)(rows, labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_out_of_another_format_or_dtype(backend):
     x, labels = images(torch.uint8), torch.arange(8)
     out = torch.empty(16, 3, 6, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -313,6 +331,16 @@ Y = torch.arange(8)
             lambda x: mk.Mixup()(x.clone().requires_grad_(), Y, out=x.clone()),
             ValueError,
             "x must not require a gradient",
+        ),
+        (
+            lambda x: mk.Mixup()(x, Y, out=torch.empty_like(x).requires_grad_()),
+            ValueError,
+            "out must not require a gradient",
+        ),
+        (
+            lambda x: mk.Mixup()({"x": x, "labels": Y}, out={"x": torch.empty_like(x).requires_grad_()}),
+            ValueError,
+            r"out\['x'\] must not require a gradient",
         ),
         (lambda x: mk.MixupE()(x, Y, out=x.clone()), ValueError, r"out must have shape \(>= 16, 3, 6, 5\), got \(8, 3"),
         (lambda x: mk.Mixup()(x, Y, out=[1]), TypeError, "out must be a torch.Tensor, got list"),
