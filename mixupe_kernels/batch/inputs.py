@@ -1,6 +1,6 @@
 """What a batch may be made of, and what is done to each tensor of it on its way to the model."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +20,22 @@ def mixes_by_default(value: Any, batch: int) -> bool:
     return value.is_floating_point() or (value.dtype == torch.uint8 and value.dim() in (4, 5))
 
 
+def as_dict(x: Mapping | Sequence) -> dict[Hashable, Any]:
+    """The entries of ``x`` by key (of a mapping) or position."""
+    return dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+
+
 def entries_to_mix(
-    x: Mapping | Sequence, batch: int, keys: Sequence[Hashable] | None, labels_key: Hashable
+    x: Mapping | Sequence, batch: int, keys: Sequence[Hashable] | None, others: Sequence[Hashable]
 ) -> dict[Hashable, Tensor]:
-    """The entries of ``x`` to mix, by key (of a mapping) or position.
+    """The entries of ``x`` to mix: those in ``keys``, or else all that can be and are not among the ``others``.
 
     Raises:
         TypeError, ValueError: if one named in ``keys`` is missing or cannot be mixed, or there is none to mix.
     """
-    entries = dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    entries = as_dict(x)
     if keys is None:
-        chosen = {key: value for key, value in entries.items() if mixes_by_default(value, batch) and key != labels_key}
+        chosen = {key: value for key, value in entries.items() if mixes_by_default(value, batch) and key not in others}
         if not chosen:
             raise ValueError(
                 f"x must hold a floating-point tensor or uint8 images of {batch} rows to mix, got entries "
@@ -47,6 +52,53 @@ def entries_to_mix(
     return chosen
 
 
+def _num_rows(value: Any) -> int | None:
+    """The rows of a tensor, an array or a list; None for what has none."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return shape[0] if len(shape) else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def entries_that_follow(
+    x: Mapping | Sequence, batch: int, follow: Sequence[Hashable] | None, others: Container[Hashable], like: Tensor
+) -> dict[Hashable, Any]:
+    """The entries of ``x`` of which each row takes its own sample's: those in ``follow``, or else all with one row for
+    each sample that are not among the ``others``.
+
+    Raises:
+        ValueError: if one named in ``follow`` is missing or has other rows, or one cannot be indexed by rows that are on the
+            device of ``like`` without a synchronisation.
+    """
+    entries = as_dict(x)
+    if follow is None:
+        chosen = {k: value for k, value in entries.items() if k not in others and _num_rows(value) == batch}
+    else:
+        chosen = {key: entries[key] for key in follow if key in entries}
+        for key in follow:
+            if key not in entries:
+                raise ValueError(f"follow must name entries of x ({', '.join(map(repr, entries))}), got {key!r}")
+            if _num_rows(entries[key]) != batch:
+                raise ValueError(f"x[{key!r}] must have {batch} rows to follow them, as labels have")
+    for key, value in chosen.items():
+        device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+        if device.type != like.device.type:
+            raise ValueError(
+                f"x[{key!r}] must be on the device of labels, {like.device}, to follow the rows, got {device}; "
+                "follow= names the entries that do"
+            )
+    return chosen
+
+
+def rows_of(value: Any, rows: Tensor) -> Any:
+    """The ``rows`` of a tensor, an array, a list or a tuple."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, rows)
+    if hasattr(value, "shape"):
+        return value[rows.tolist()]
+    return type(value)([value[row] for row in rows.tolist()])
+
+
 def replaced(x: Mapping | Sequence, changes: dict[Hashable, Any]) -> dict | Sequence:
     """A copy of ``x`` with some entries replaced, the others being the same objects: a dict of a mapping."""
     if isinstance(x, Mapping):
@@ -61,7 +113,7 @@ def buffers(out: Mapping | Sequence | None, entries: dict[Hashable, Tensor]) -> 
         return dict.fromkeys(entries)
     if isinstance(out, Tensor) or not isinstance(out, (Mapping, Sequence)):
         raise TypeError(f"out must be a tuple, list or dict of tensors, as x is, got {type(out).__name__}")
-    given = dict(out) if isinstance(out, Mapping) else dict(enumerate(out))
+    given = as_dict(out)
     for key in entries:
         if key not in given:
             raise ValueError(f"out must have a buffer for each of {', '.join(map(repr, entries))}, {key!r} is missing")

@@ -74,6 +74,9 @@ class Mixup:
             rows, and for x that needs no gradient and keeps its dtype.
         keys: which entries of a dict, tuple or list are mixed. By default every floating-point tensor, and every uint8
             tensor of 4 or 5 dimensions, that has one row for each label.
+        follow: which other entries have one row for each sample, such as ids or attention masks, and take those of the rows
+            that are made, a row having its own sample's. By default every tensor, array, list or tuple of as many rows as
+            labels that is not mixed; () for none.
         labels_key: the entry of a dict that holds the labels.
         warmup_epochs: plain samples in the epochs before this one (mixup, §3.3).
         off_epoch: plain samples from this epoch on; never if None.
@@ -85,8 +88,8 @@ class Mixup:
     Calling it with ``x`` (B, ...), floating point or uint8 in any layout, and ``labels``, (B,) int64 or (B, C) soft,
     returns ``(x, MixedTarget)``; plain samples are normalised and cast, too. Further arguments of the call:
 
-    - ``x`` may be a tuple, list or dict, whose tensors are mixed with one λ and one partner; all other entries stay the
-      same objects. mean, std and memory_format then apply to the tensors of 4 or 5 dimensions. Labels may be an entry
+    - ``x`` may be a tuple, list or dict, whose tensors are mixed with one λ and one partner; other entries that have one
+      row for each sample follow the rows, and what is left stays the same object. mean, std and memory_format then apply to the tensors of 4 or 5 dimensions. Labels may be an entry
       of a dict, which holds the target afterwards.
     - ``out``: a buffer, or a tuple, list or dict of them, of at least ``num_rows(B)`` rows. Its first rows are written
       and returned instead of fresh memory, whose first touch costs more than mixing does.
@@ -118,6 +121,7 @@ class Mixup:
     memory_format: torch.memory_format | None = None
     inplace: bool = False
     keys: Sequence[Hashable] | None = None
+    follow: Sequence[Hashable] | None = None
     labels_key: Hashable = "labels"
     warmup_epochs: float = 0
     off_epoch: float | None = None
@@ -128,8 +132,12 @@ class Mixup:
         self.transform = inputs.Transform(self.mean, self.std, self.dtype, self.memory_format)
         if self.inplace and (self.pairing != "flip" or self.num_samples > 2):
             raise ValueError("inplace must be False unless pairing is 'flip', without num_samples, got True")
-        if isinstance(self.keys, str):
-            raise TypeError(f"keys must be a sequence of keys, got the string {self.keys!r}")
+        for name, keys in (("keys", self.keys), ("follow", self.follow)):
+            if keys is not None and (isinstance(keys, str) or not isinstance(keys, Sequence)):
+                raise TypeError(f"{name} must be a sequence of keys or None, got {type(keys).__name__} {keys!r}")
+        twice = set(self.keys or ()) & set(self.follow or ())
+        if twice:
+            raise ValueError(f"follow must name other entries than keys, got {', '.join(map(repr, twice))} in both")
         self.lam_distribution = self.plan.law  # the one in use: a ramp of alpha changes it
         self._complete = True
 
@@ -281,7 +289,12 @@ class Mixup:
             labels = x[self.labels_key]
         checks.tensor("labels", labels)
         batch = labels.shape[0] if labels.dim() else 0
-        entries = inputs.entries_to_mix(x, batch, self.keys, self.labels_key)
+        not_mixed = (self.labels_key, *(self.follow or ()))
+        entries = inputs.entries_to_mix(x, batch, self.keys, not_mixed)
+        following = {}
+        if self.plan.clean is not None and not self.plan.clean.mixed:
+            others = {*entries, self.labels_key} if within else entries
+            following = inputs.entries_that_follow(x, batch, self.follow, others, labels)
         check_labels(labels, batch, next(iter(entries.values())))
         if ids is not None:
             check_ids(ids, labels)
@@ -294,6 +307,8 @@ class Mixup:
         size = None if self.cutmix_alpha is None else self._image_size(entries.values())
         drawn = draw(labels, ids=ids, image_size=size)
         changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
+        if drawn.rows is not None:
+            changes |= {key: inputs.rows_of(value, drawn.rows) for key, value in following.items()}
         if within:
             changes[self.labels_key] = drawn.target
         return inputs.replaced(x, changes), drawn.target

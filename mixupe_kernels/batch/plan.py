@@ -335,4 +335,4 @@ class Plan:
             weights = torch.cat([weights, weights.new_ones(clean.shape[0])])
             offsets = torch.cat([offsets, sequence(clean.shape[0], device) + (num_mixed * terms + 1)])
         lam = weights.new_ones(dense.shape[0])
-        return Draw(index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), offsets=offsets)
+        return Draw(index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), rows, offsets)

@@ -2,6 +2,7 @@
 
 from collections import UserDict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,8 +240,8 @@ def test_a_dict_with_its_labels():
     given = dict(batch)
     rows, target = fn(batch)
     assert batch == given and list(rows) == list(batch)
-    for key in ("input_ids", "scale", "names"):
-        assert rows[key] is batch[key]
+    assert rows["scale"] is batch["scale"]
+    assert torch.equal(rows["input_ids"], batch["input_ids"].repeat(2, 1)) and rows["names"] == list("abcdefgh") * 2
     assert rows["labels"] is target and len(target.lam) == 16
     # One λ and one partner for both tensors; normalisation is for the images.
     torch.testing.assert_close(rows["features"].double(), by_hand(draw, batch["features"].double()))
@@ -262,10 +263,58 @@ def test_tuples_lists_and_namedtuples():
     left, right, labels = torch.randn(4, 2), torch.arange(4), torch.arange(4)
     for x in ((left, right), [left, right], Pair(left, right)):
         rows, target = mk.MixupE()(x, labels)
-        assert type(rows) is type(x) and rows[1] is right and rows[0].shape == (8, 2) and target.num_reg == 4
+        assert type(rows) is type(x) and rows[0].shape == (8, 2) and target.num_reg == 4
+        assert rows[1].tolist() == [0, 1, 2, 3] * 2
     buffers = (torch.empty(8, 2), torch.empty(8, 3))
     rows, _ = mk.MixupE()((left, torch.randn(4, 3)), labels, out=buffers)
     assert rows[0] is buffers[0] and rows[1] is buffers[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"clean_fraction": 1 / 4, "split": True}, {"clean_fraction": 1 / 2}, {}, {"regularize": "mixed"}]
+)
+@pytest.mark.parametrize("many", [{}, {"num_samples": 3, "num_classes": 16}])
+def test_entries_follow_the_rows(options, many):
+    ids, labels = torch.arange(16), torch.arange(16)
+    batch = {
+        "x": torch.randn(16, 3),
+        "ids": ids,
+        "mask": torch.rand(16, 4) < 0.5,
+        "names": [str(i) for i in range(16)],
+        "pair": tuple(range(16)),
+        "array": np.arange(16),
+        "scalar": torch.tensor(3.0),
+        "table": torch.arange(5),
+        "text": "sixteen letters.",
+        "labels": labels,
+    }
+    rows, target = mk.MixupE(generator=torch.Generator().manual_seed(0), **options, **many)(batch)
+    own = rows["ids"]
+    if options.get("split"):
+        assert not torch.equal(own, ids)
+    mixed = target.num_mixed
+    assert len(own) == len(target.lam) and torch.equal(own[mixed:], target.dense(16).argmax(1)[mixed:])
+    if not many:
+        assert torch.equal(own, target.labels)
+    assert torch.equal(rows["x"][mixed:], batch["x"][own[mixed:]])
+    assert torch.equal(rows["mask"], batch["mask"][own])
+    assert rows["names"] == [str(int(i)) for i in own] and rows["pair"] == tuple(own.tolist())
+    assert rows["array"].tolist() == own.tolist()
+    for key in ("scalar", "table", "text"):
+        assert rows[key] is batch[key]
+
+
+def test_follow_chooses():
+    batch = {"x": torch.randn(4, 2), "weight": torch.rand(4), "ids": torch.arange(4), "names": list("abcd")}
+    rows, _ = mk.MixupE(follow=["weight", "ids"])(batch, torch.arange(4))
+    assert torch.equal(rows["weight"], batch["weight"].repeat(2)) and len(rows["ids"]) == 8
+    assert rows["names"] is batch["names"]
+    rows, _ = mk.MixupE(follow=())(batch, torch.arange(4))
+    assert rows["ids"] is batch["ids"]
+    rows, _ = mk.Mixup()(batch, torch.arange(4))  # neither permutes nor adds rows
+    assert rows["ids"] is batch["ids"]
+    rows, _ = mk.MixupE()({**batch, "labels": torch.arange(4)}, torch.zeros(4, dtype=torch.int64))
+    assert rows["labels"].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_keys_choose():
@@ -353,6 +402,23 @@ Y = torch.arange(8)
         ),
         (lambda x: mk.Mixup()(x, Y, out=x), ValueError, "out must not overlap x"),
         (lambda x: mk.Mixup(keys="pixels"), TypeError, "keys must be a sequence of keys"),
+        (lambda x: mk.Mixup(follow=3), TypeError, "follow must be a sequence of keys or None, got int 3"),
+        (lambda x: mk.Mixup(keys=["x"], follow=["x"]), ValueError, "follow must name other entries than keys, got 'x'"),
+        (
+            lambda x: mk.MixupE(follow=["y"])({"x": x, "labels": Y}),
+            ValueError,
+            r"follow must name entries of x \('x', 'labels'\), got 'y'",
+        ),
+        (
+            lambda x: mk.MixupE(follow=["s"])({"x": x, "s": 1, "labels": Y}),
+            ValueError,
+            r"x\['s'\] must have 8 rows to follow them",
+        ),
+        (
+            lambda x: mk.MixupE()({"x": x, "ids": Y.to("meta"), "labels": Y}),
+            ValueError,
+            r"x\['ids'\] must be on the device of labels, cpu, to follow the rows, got meta",
+        ),
         (
             lambda x: mk.Mixup(keys=["y"])({"x": x, "labels": Y}),
             ValueError,
