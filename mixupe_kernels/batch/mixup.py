@@ -85,12 +85,13 @@ class Mixup:
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
 
-    Calling it with ``x`` (B, ...), floating point or uint8 in any layout, and ``labels``, (B,) int64 or (B, C) soft,
-    returns ``(x, MixedTarget)``; plain samples are normalised and cast, too. Further arguments of the call:
+    Calling it with ``x`` (B, ...), floating point or uint8 in any layout, and ``labels``, (B,) int64, (B, C) soft, or a map
+    of classes, (B, H, W) or (B, T) int64, returns ``(x, MixedTarget)``. CutMix cuts a map of the images' size with their
+    box. Plain samples are normalised and cast, too. Further arguments of the call:
 
     - ``x`` may be a tuple, list or dict, whose tensors are mixed with one λ and one partner; other entries that have one
-      row for each sample follow the rows, and what is left stays the same object. mean, std and memory_format then apply to the tensors of 4 or 5 dimensions. Labels may be an entry
-      of a dict, which holds the target afterwards.
+      row for each sample follow the rows, and what is left stays the same object. mean, std and memory_format then apply
+      to the tensors of 4 or 5 dimensions. Labels may be an entry of a dict, which holds the target afterwards.
     - ``out``: a buffer, or a tuple, list or dict of them, of at least ``num_rows(B)`` rows. Its first rows are written
       and returned instead of fresh memory, whose first touch costs more than mixing does.
     - ``ids``: (B,) int64, the samples' numbers in the data set, for pairings that ask for them.
@@ -227,7 +228,7 @@ class Mixup:
         """λ, partners, rows and target of a batch with these labels.
 
         Args:
-            labels: (B,) int64 or (B, C) soft, on the device of the generator.
+            labels: (B,) int64, (B, C) soft or (B, ...) int64 maps of classes, on the device of the generator.
             ids: (B,) int64, the samples' numbers, for pairings that ask for them.
             image_size: height and width, which CutMix needs.
         """

@@ -2,7 +2,7 @@
 
 A pairing is a function ``pairing(size, generator, device, labels=None, ids=None)`` that returns (size,) int64 on
 ``device``, drawn from ``generator`` without synchronising. ``labels`` are the batch's, (size,) int64 or (size, C) soft
-(whose class is the largest); ``ids`` are the samples' numbers in the data set, (size,) int64, where the caller gave them.
+(whose class is the largest), or label maps (size, ...) int64, which have no one class; ``ids`` are the samples' numbers in the data set, (size,) int64, where the caller gave them.
 """
 
 from collections.abc import Callable
@@ -38,25 +38,28 @@ def derangement(size, generator, device, labels=None, ids=None) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
-def _classes(labels: Tensor | None, size: int) -> Tensor:
+def classes(labels: Tensor | None, size: int) -> Tensor:
+    """The class of each sample; ValueError if there are no labels, or they are maps of classes."""
     if labels is None:
         raise ValueError(f"labels must be given to pair {size} samples by class, got None")
+    if labels.dim() > (2 if labels.is_floating_point() else 1):
+        raise ValueError(f"labels must be (B,) classes or (B, C) soft to pair by class, got {tuple(labels.shape)}")
     return labels.argmax(1) if labels.dim() > 1 else labels
 
 
 def same_class(size, generator, device, labels=None, ids=None) -> Tensor:
     """A permutation, uniformly random within each class."""
-    classes = _classes(labels, size)
+    own = classes(labels, size)
     shuffled = torch.randperm(size, generator=generator, device=device)
     # Both orders list the classes in the same order, the second with each class shuffled.
-    order = classes.argsort(stable=True)
-    other = shuffled[classes[shuffled].argsort(stable=True)]
+    order = own.argsort(stable=True)
+    other = shuffled[own[shuffled].argsort(stable=True)]
     return torch.empty_like(order).scatter_(0, order, other)
 
 
 def different_class(size, generator, device, labels=None, ids=None) -> Tensor:
     """For each sample, uniformly one of those of another class, not one-to-one; itself where there is no other class."""
-    ascending, order = _classes(labels, size).sort(stable=True)
+    ascending, order = classes(labels, size).sort(stable=True)
     first = torch.searchsorted(ascending, ascending)
     last = torch.searchsorted(ascending, ascending, right=True)
     others = size - (last - first)

@@ -133,6 +133,7 @@ class Plan:
         self.alpha, self.beta = given.alpha, given.beta
         self.per_sample = checks.boolean("per_sample", given.per_sample)
         self._pair = pairings.as_pairing(given.pairing)
+        self._by_class = self._pair in (pairings.same_class, pairings.different_class)
         self.prob = checks.fraction("prob", given.prob)
         self.num_samples = checks.positive_int("num_samples", given.num_samples)
         self.num_classes = None if given.num_classes is None else checks.positive_int("num_classes", given.num_classes)
@@ -245,6 +246,8 @@ class Plan:
         batch = labels.shape[0]
         if batch == 0 or not self.active:
             return plain_draw(labels)
+        if labels.dim() != 1 or self.cutmix is not None or self._by_class:
+            self._check(labels, image_size)
         regularized = self.clean is not None and (self.clean.interval == 1 or self.progress.due())
         if self.num_samples > 2:
             draw = self._draw_many(labels, ids, regularized)
@@ -266,29 +269,48 @@ class Plan:
         box = None
         if self.cutmix is not None:
             lam, pixel_lam, box = self._draw_box(lam, image_size)
+        maps = labels.dim() > 1 and not labels.is_floating_point()
+        if maps:  # a label map is cut as its image is, so its λ is that of the pixels outside
+            lam = pixel_lam
         rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
         if regularized:
             (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
-        flipped = self._pair is pairings.flip
-        if rows is None and flipped:
-            target = MixedTarget(labels, labels.flip(0), lam.expand(batch), batch, num_reg, reg_weight)
-            return Draw(None, pixel_lam, target, box=box)
+        partner = None if self._pair is pairings.flip else self._pair(batch, self.generator, device, labels, ids)
         if rows is None:
-            partner = self._pair(batch, self.generator, device, labels, ids)
-            target = MixedTarget(labels, labels.index_select(0, partner), lam.expand(batch), batch, num_reg, reg_weight)
-            return Draw(partner, pixel_lam, target, box=box)
-        pairs = None if flipped else self._pair(batch, self.generator, device, labels, ids)
-        soft = labels.dim() > 1
-        samples = sequence(batch, device) if soft else labels
-        all_lam, partner, own, other = ops.call(ops.mixed_target_op, samples, pairs, lam, rows, num_mixed)
-        if soft:
-            own, other = labels.index_select(0, own), labels.index_select(0, other)
-        if pixel_lam is lam:
-            pixel_lam = all_lam
+            own, other = labels, labels.flip(0) if partner is None else labels.index_select(0, partner)
+            all_lam = lam.expand(batch)
         else:
-            pixel_lam, *_ = ops.call(ops.mixed_target_op, samples, pairs, pixel_lam, rows, num_mixed)
+            several = labels.dim() > 1  # numbers to a sample, which the operator takes one of
+            samples = sequence(batch, device) if several else labels
+            pairs = partner
+            all_lam, partner, own, other = ops.call(ops.mixed_target_op, samples, pairs, lam, rows, num_mixed)
+            if several:
+                own, other = labels.index_select(0, own), labels.index_select(0, other)
+            if pixel_lam is lam:
+                pixel_lam = all_lam
+            else:
+                pixel_lam, *_ = ops.call(ops.mixed_target_op, samples, pairs, pixel_lam, rows, num_mixed)
+        if maps and box is not None:
+            own = torch.where(ops.reference.inside_box(box, own), other, own)
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
         return Draw(partner, pixel_lam, target, rows=rows, box=box)
+
+    def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
+        """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""
+        if self.cutmix is not None and image_size is None:
+            raise ValueError("image_size must be given with cutmix_alpha, got None")
+        if self._by_class:
+            pairings.classes(labels, labels.shape[0])
+        if labels.dim() == 1 or labels.is_floating_point():
+            return
+        shape = tuple(labels.shape)
+        if self.num_samples > 2:
+            raise ValueError(f"labels must be (B,) classes or (B, C) soft with num_samples > 2, got int64 of {shape}")
+        if self.cutmix is not None and (labels.dim() < 3 or shape[-2:] != tuple(image_size)):
+            raise ValueError(
+                f"labels must be (B,), (B, C) soft, or maps (B, ..., {image_size[0]}, {image_size[1]}) of the images' "
+                f"size with cutmix_alpha, got int64 of {shape}"
+            )
 
     def _leave_some(self, lam: Tensor, own: Tensor) -> Tensor:
         """λ or weights, and those of the own sample alone, ``own``, with probability 1 - ``prob``."""
@@ -298,8 +320,6 @@ class Plan:
 
     def _draw_box(self, lam: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
-        if image_size is None:
-            raise ValueError("image_size must be given with cutmix_alpha, got None")
         device, generator = lam.device, self.generator
         uniform = torch.rand(2, dtype=torch.float32, device=device, generator=generator)
         cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob

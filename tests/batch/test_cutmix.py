@@ -161,3 +161,55 @@ def test_in_place(backend):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(4, 1, 8, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"clean_fraction": 1 / 2}, {"clean_fraction": 1 / 4, "split": True}])
+@pytest.mark.parametrize("pairing", ["random", "flip"])
+@pytest.mark.parametrize("mixer", [mk.Mixup, mk.MixupE])
+def test_label_maps_are_cut_with_their_images(options, pairing, mixer):
+    options = options if mixer is mk.MixupE else {}
+    x, labels = torch.randn(8, 3, 9, 7), torch.randint(5, (8, 9, 7))
+    x[:, 0] = labels  # what a pixel's class is, in the image
+    fn = mixer(cutmix_alpha=1.0, pairing=pairing, generator=torch.Generator().manual_seed(0), **options)
+    cut = 0
+    for _ in range(8):
+        rows, target = fn(x, labels)
+        assert target.labels.shape == target.partner_labels.shape == (len(rows), 9, 7)
+        lam = target.lam.view(-1, 1, 1)
+        torch.testing.assert_close(rows[:, 0], lam * target.labels + (1 - lam) * target.partner_labels)
+        cut += bool((target.lam == 1).all()) and not torch.equal(target.labels[0], target.partner_labels[0])
+    assert 0 < cut < 8
+
+
+def test_label_maps_of_video():
+    x, labels = torch.randn(4, 1, 3, 6, 5), torch.randint(5, (4, 3, 6, 5))
+    x[:, 0] = labels
+    rows, target = mk.Mixup(cutmix_alpha=1.0, switch_prob=1.0)(x, labels)
+    assert torch.equal(rows[:, 0], target.labels.float()) and bool((target.lam == 1).all())
+
+
+def test_label_maps_without_boxes():
+    x, labels = torch.randn(6, 4), torch.randint(5, (6, 4))
+    x[:] = labels
+    rows, target = mk.MixupE(per_sample=True, clean_fraction=1 / 2)(x, labels)
+    lam = target.lam.view(-1, 1)
+    torch.testing.assert_close(rows, lam * target.labels + (1 - lam) * target.partner_labels)
+    torch.testing.assert_close(rows[6:], target.labels[6:].float())
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"cutmix_alpha": 1.0}, (4, 5), r"maps \(B, ..., 8, 8\) of the images' size with cutmix_alpha, got .*\(4, 5\)"),
+        ({"cutmix_alpha": 1.0}, (4, 4, 4), r"got int64 of \(4, 4, 4\)"),
+        ({"pairing": "same_class"}, (4, 8, 8), r"labels must be .* to pair by class, got \(4, 8, 8\)"),
+        ({"pairing": "different_class"}, (4, 3), "labels must be .* to pair by class"),
+        ({"num_samples": 3, "num_classes": 5}, (4, 8, 8), "labels must be .* with num_samples > 2"),
+    ],
+)
+def test_label_maps_that_have_no_meaning_are_refused_before_anything_is_drawn(options, shape, message):
+    fn = mk.MixupE(generator=torch.Generator().manual_seed(0), **options)
+    state = fn.generator.get_state()
+    with pytest.raises(ValueError, match=message):
+        fn(torch.randn(4, 3, 8, 8), torch.zeros(shape, dtype=torch.int64))
+    assert torch.equal(fn.generator.get_state(), state) and fn.steps == 0

@@ -89,6 +89,7 @@ def test_partners_are_uniform_over_those_allowed():
 def test_soft_labels_count_by_their_largest_class():
     labels = torch.tensor([0, 1, 1, 0, 2, 1])
     soft = torch.nn.functional.one_hot(labels, 3) * 0.8 + 0.2 / 3
+    assert soft.is_floating_point()
     for name in ("same_class", "different_class"):
         assert torch.equal(pair(name, 6, 3, labels), pair(name, 6, 3, soft))
 
@@ -159,6 +160,16 @@ def test_a_function_of_the_callers_own():
     [
         (lambda: pairing.as_pairing("nearest"), ValueError, "pairing must be one of 'random'"),
         (lambda: pair("same_class", 4), ValueError, "labels must be given"),
+        (
+            lambda: pair("same_class", 4, labels=torch.zeros(4, 3, dtype=torch.int64)),
+            ValueError,
+            r"labels must be \(B,\) classes or \(B, C\) soft to pair by class, got \(4, 3\)",
+        ),
+        (
+            lambda: pair("different_class", 2, labels=torch.zeros(2, 3, 3, dtype=torch.int64)),
+            ValueError,
+            "labels must be .* to pair by class",
+        ),
         (lambda: pairing.Neighbors(torch.zeros(3)), TypeError, "index must have dtype int64"),
         (lambda: pairing.Neighbors(torch.zeros(3, dtype=torch.int64)), ValueError, "index must have shape"),
         (lambda: pairing.Neighbors(torch.full((3, 2), 3)), ValueError, r"index must be in \[0, 2\]"),
