@@ -58,6 +58,8 @@ def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int
     checks.positive_int("num_classes", num_classes)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
     lam = lam.float()
+    if labels.dim() > (2 if labels.is_floating_point() else 1):
+        raise ValueError(f"labels must be (N,) classes or (N, C) soft labels to be dense, got {tuple(labels.shape)}")
     if labels.is_floating_point():
         checks.shape("labels", labels, (labels.shape[0], num_classes))
         soft = torch.lerp(partner_labels.float(), labels.float(), lam.reshape(-1, 1))
@@ -69,16 +71,20 @@ def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int
 
 
 def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
-    """(B, C) float32 of class indices, or of soft labels as they are; an ignored label's row is 0."""
+    """(B, C) float32 of class indices, or of soft labels as they are.
+
+    Raises:
+        ValueError: for an ignored label: a dense target has no way to say that its row is in no mean.
+    """
     if labels.is_floating_point():
         return labels.float()
     if num_classes is None:
         raise ValueError("num_classes must be given with num_samples > 2 and class labels, got None")
     if not torch.compiler.is_compiling():  # a graph leaves it to scatter's own check
-        reference.check_classes(labels, None, num_classes, IGNORE_INDEX)
-    kept = (labels != IGNORE_INDEX).unsqueeze(1)
+        expected = f"a class in [0, {num_classes - 1}] with num_samples > 2, which can ignore none"
+        check_range("labels", labels, 0, num_classes - 1, expected)
     rows = torch.zeros(labels.shape[0], num_classes, dtype=torch.float32, device=labels.device)
-    return rows.scatter_(1, labels.unsqueeze(1).where(kept, 0), kept.float())
+    return rows.scatter_(1, labels.unsqueeze(1), 1.0)
 
 
 def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
@@ -111,7 +117,7 @@ def mix_labels(
     """Mixed soft labels: λ_i y_i + (1 - λ_i) y_partner(i) (mixup, Zhang et al., 2018, eq. 1).
 
     Args:
-        labels: (B,) int64 classes in [0, num_classes), or (B, num_classes) soft labels.
+        labels: (B,) int64 classes in [0, num_classes), or (B, num_classes) soft labels, floating point or int64 as one_hot's.
         partner: (B,) int64 in [0, B).
         lam: weight of the own label in [0, 1]: a float, a 0-d tensor or (B,).
         num_classes: C.
@@ -128,6 +134,8 @@ def mix_labels(
     check_labels(labels, labels.shape[0] if labels.dim() else 0, partner)
     checks.shape("partner", partner, labels.shape[:1])
     check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
+    if labels.dim() == 2:
+        labels = labels.float()
     if isinstance(lam, Tensor):
         check_range("lam", lam, 0, 1, "in [0, 1]")
     else:

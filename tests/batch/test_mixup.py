@@ -357,6 +357,17 @@ def test_mixing_more_than_two_with_prob_keeps_the_own_sample():
             (ValueError, IndexError),
             "(?i)index|partner",
         ),
+        (lambda x, y: mk.Mixup(num_samples=3, num_classes=CLASSES)(x, y - 1), ValueError, "labels must be .* -1"),
+        (
+            lambda x, y: mk.Mixup(num_samples=3, num_classes=CLASSES)(x, y.where(y > 0, -100)),
+            ValueError,
+            r"labels must be a class in \[0, 4\] with num_samples > 2, which can ignore none, got -100",
+        ),
+        (
+            lambda x, y: mk.mix_labels(y.view(4, 6), torch.arange(4), 0.5, CLASSES),
+            ValueError,
+            r"labels must have shape \(4, 5\)",
+        ),
         (lambda x, y: mk.mix_labels(y, y, 1.5, CLASSES), ValueError, "lam"),
         (lambda x, y: mk.mix_labels(y, y, 0.5, 2), ValueError, "class"),
     ],
@@ -386,7 +397,13 @@ def test_mix_labels():
     smooth = expected * 0.7 + 0.3 / 3
     torch.testing.assert_close(mk.mix_labels(labels, partner, lam, 3, label_smoothing=0.3), smooth)
     one_hot = torch.eye(3)[labels]
-    torch.testing.assert_close(mk.mix_labels(one_hot, partner, lam, 3), expected)
+    for soft in (one_hot, one_hot.double(), one_hot.long()):  # torch.nn.functional.one_hot's are int64
+        torch.testing.assert_close(mk.mix_labels(soft, partner, lam, 3), expected)
+        torch.testing.assert_close(mk.mix_labels(soft, partner, lam, 3, label_smoothing=0.3), smooth)
+        torch.testing.assert_close(mk.mix_labels(soft, partner, 0.5, 3), (one_hot + one_hot[partner]) / 2)
+    ignored = torch.tensor([0, -100, 1])
+    expected = torch.tensor([[0.25, 0, 0], [0, 0.5, 0], [0, 1, 0]])
+    torch.testing.assert_close(mk.mix_labels(ignored, partner, lam, 3), expected)
 
 
 MIXERS = [mk.Mixup, mk.MixupE]
