@@ -109,7 +109,7 @@ def authors_loss(version, model, x_mixed, y_mixed, x, y, x_mean, eta, weight, t=
     residual = y - logits.softmax(1)
     if version in (1, 2):
         q = by_double_backward(model, x, y, x_mean, detach_residual=True)
-        reg = -weight * (q * (q < t)).mean() if version == 1 else weight * q.abs().mean()
+        reg = weight * ((q * (q < t)).mean() if version == 1 else q.abs().mean())
     elif version == 3:
         q_hat = (residual * logits).sum(1)
         reg = -weight * (q_hat * (q_hat < t)).mean()
@@ -119,7 +119,11 @@ def authors_loss(version, model, x_mixed, y_mixed, x, y, x_mean, eta, weight, t=
     return total * (mix_loss.abs() / total.abs()).detach()
 
 
-@pytest.mark.parametrize("version, penalty", [(1, "threshold"), (2, "abs"), (3, "threshold"), (4, "linear_detached")])
+def below_one(q):
+    return q * (q < 1)
+
+
+@pytest.mark.parametrize("version, penalty", [(1, below_one), (2, "abs"), (3, "threshold"), (4, "linear_detached")])
 def test_the_authors_four_versions(version, penalty):
     model = mlp()
     x, x_mean = torch.randn(6, 4, dtype=torch.double), torch.randn(4, dtype=torch.double)
@@ -143,20 +147,50 @@ def test_the_authors_four_versions(version, penalty):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_batch_mean():
+def test_input_mean():
+    assert mk.batch_mean is mk.input_mean
     data = torch.randn(25, 3, 2)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data, torch.zeros(25)), batch_size=4)
-    torch.testing.assert_close(mk.batch_mean(loader), data.mean(0))
-    torch.testing.assert_close(mk.batch_mean([data[:3], data[3:]], progress=False), data.mean(0))
+    torch.testing.assert_close(mk.input_mean(loader), data.mean(0))
+    torch.testing.assert_close(mk.input_mean([data[:3], data[3:]], progress=False), data.mean(0))
     with pytest.raises(ValueError, match="loader must yield at least one sample"):
-        mk.batch_mean([])
+        mk.input_mean([])
     with pytest.raises(TypeError, match="each batch of loader must be a torch.Tensor, got str"):
-        mk.batch_mean(["a"])
+        mk.input_mean(["a"])
+
+
+def test_an_ignored_row_has_no_q():
+    model, x, x_mean = mlp(), torch.randn(4, 4, dtype=torch.double), torch.zeros(4)
+    labels = torch.tensor([0, -100, 2, -100])
+    q = mk.exact_q(model, x, labels, x_mean)
+    expected = mk.exact_q(model, x[::2], labels[::2], x_mean)
+    torch.testing.assert_close(q, torch.stack([expected[0], q.new_zeros(()), expected[1], q.new_zeros(())]))
+    parameters = list(model.parameters())
+    gradients = (torch.autograd.grad(value.square().sum(), parameters, allow_unused=True) for value in (q, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        if ours is not theirs:  # None: the last bias
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64), torch.zeros(5), [0]]
+)
+def test_statistics_stay_where_labels_are_refused(labels):
+    model = convnet().train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    x = torch.randn(5, 1, 6, 6, dtype=torch.double)
+    with pytest.raises((TypeError, ValueError), match="labels must"):
+        mk.exact_q(model, x, labels, torch.zeros(1, 6, 6))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have a batch dimension"),
+        ({"x_mean": torch.zeros(4, dtype=torch.complex64)}, TypeError, "x_mean must be real"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 0, 1])}, ValueError, r"labels must be a class in \[0, 2\], got 3"),
+        ({"labels": torch.rand(6, 4)}, ValueError, r"labels must have shape \(6, 3\), got \(6, 4\)"),
         ({"x_mean": torch.zeros(3)}, ValueError, r"x_mean must broadcast to \(4,\), got \(3,\)"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, ValueError, r"labels must have shape \(6,\), got \(5,\)"),
         ({"labels": torch.zeros(6, dtype=torch.int32)}, TypeError, "labels must have dtype int64, got int32"),
@@ -167,3 +201,14 @@ def test_exact_q_refuses(change, error, message):
     arguments = {"x": torch.randn(6, 4), "labels": torch.zeros(6, dtype=torch.int64), "x_mean": torch.zeros(4)}
     with pytest.raises(error, match=message):
         mk.exact_q(mlp().float(), **{**arguments, **change})
+
+
+def test_a_model_of_another_output_is_refused():
+    x, labels = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    for model, error in (
+        (lambda x: [x], TypeError),
+        (lambda x: x.unsqueeze(0), ValueError),
+        (lambda x: x[1:], ValueError),
+    ):
+        with pytest.raises(error, match="the output of model must"):
+            mk.exact_q(model, x, labels, torch.zeros(4))
