@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mixupe_kernels as mk
 
@@ -134,6 +135,12 @@ class Sequences(nn.Module):
         (lambda x, y: mk.ManifoldMixup(Net(), [], mk.Mixup()), TypeError, "layers must be a sequence of names"),
         (lambda x, y: mk.ManifoldMixup(Net(), "first", mk.Mixup()), TypeError, "layers must be a sequence of names"),
         (lambda x, y: mk.ManifoldMixup(Net(), ["third"], mk.Mixup()), ValueError, "got 'third'"),
+        (lambda x, y: mk.ManifoldMixup(Net(), [1], mk.Mixup()), ValueError, "got 1"),
+        (
+            lambda x, y: mk.ManifoldMixup(Net().forward, ["first"], mk.Mixup()),
+            TypeError,
+            "model must be a torch.nn.Module",
+        ),
         (lambda x, y: mk.ManifoldMixup(Net(), ["first"], None), TypeError, "mixup_fn must be a Mixup"),
         (lambda x, y: mk.ManifoldMixup(Net(), ["first"], mk.Mixup(cutmix_alpha=1)), ValueError, "neither cutmix_alpha"),
         (lambda x, y: mk.ManifoldMixup(Net(), ["unused"], mk.Mixup())(x, y), RuntimeError, "'unused' did not"),
@@ -154,6 +161,91 @@ class Sequences(nn.Module):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(*batch())
+
+
+class Blocks(nn.Module):
+    """Three blocks, the first two under activation checkpointing of a kind, or none."""
+
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.2)) for _ in range(2))
+        self.head, self.use_reentrant = nn.Linear(4, 3), use_reentrant
+
+    def forward(self, x):
+        for block in (self.first, self.second):
+            plain = self.use_reentrant is None
+            x = block(x) if plain else checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(torch.tanh(x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("layers", [["first"], ["first.0"], ["second.1"], ["first", "second"]])
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, layers):
+    plain, checkpointed = Blocks(), Blocks(use_reentrant)
+    checkpointed.load_state_dict(plain.state_dict())
+    gradients = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        manifold = mk.ManifoldMixup(
+            model, layers, mk.MixupE(generator=seeded(), clean_fraction=1 / 2), generator=seeded(3)
+        )
+        loss = torch.zeros(())
+        for _ in range(4):  # graphs in one backward pass
+            x, labels = torch.randn(8, 4, requires_grad=True), torch.randint(3, (8,))
+            loss = loss + mk.mixupe_loss(*manifold(x, labels), eta=0.3)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        assert not any(module._forward_hooks for module in model.modules())
+        assert not mk.batch.manifold._Mixing.recomputed
+    for ours, expected in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_backward_pass_that_fails_leaves_the_model_unmixed():
+    model, (x, labels) = Blocks(False).eval(), batch()
+    expected = model(x)
+    logits, _ = mk.ManifoldMixup(model, ["first"], mk.Mixup())(x, labels)
+
+    def fail(_):
+        raise RuntimeError("failed here")
+
+    model.head.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="failed here"):
+        logits.sum().backward()
+    assert torch.equal(model(x), expected) and not model.first._forward_hooks
+
+
+def test_a_recomputed_module_that_is_used_twice_is_refused():
+    model = Blocks(False)
+    model.second = model.first
+    logits, _ = mk.ManifoldMixup(model, ["first"], mk.Mixup())(*batch())
+    with pytest.raises(RuntimeError, match="layers must not name a module that is used more than once and recomputed"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part", "the layer"])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_compiled_model_is_mixed(how, called_before):
+    plain, model, (x, labels) = Net(), Net(), batch()
+    model.load_state_dict(plain.state_dict())
+    compiled = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    elif how == "a part":
+        compiled, plain = nn.Sequential(torch.compile(model, backend="eager")), nn.Sequential(plain)
+    else:
+        model.second = torch.compile(model.second, backend="eager")
+    name = "0.second" if how == "a part" else "second"
+    if called_before:
+        compiled(x)
+    ours, expected = (mk.ManifoldMixup(m, [name], mk.Mixup(generator=seeded())) for m in (compiled, plain))
+    for _ in range(3):
+        torch.testing.assert_close(ours(x, labels)[0], expected(x, labels)[0])
+    torch.testing.assert_close(compiled(x), plain(x))
+    if how == "wrapped":
+        assert mk.ManifoldMixup(compiled, ["_orig_mod.second"], mk.Mixup()).layers == ("second",)
 
 
 def test_mix_inside_a_forward_has_the_same_gradients(backend):

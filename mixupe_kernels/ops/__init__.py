@@ -9,7 +9,7 @@ from .losses import (
     mixupe_loss_op,
 )
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import below_autograd, call, operators
+from .registration import below_autograd, call, in_backward, operators
 
 __all__ = [
     "MixupELossWithGradient",
@@ -19,6 +19,7 @@ __all__ = [
     "ce_entropy_backward_op",
     "ce_entropy_op",
     "gather_sum_op",
+    "in_backward",
     "mix",
     "mix_op",
     "mix_out_op",

@@ -130,3 +130,8 @@ def call(operator: Callable, *args, **kwargs) -> Any:
 def operators() -> list[str]:
     """The name of each operator: what a backend has to provide."""
     return [name for name in vars(torch.ops.mixupe) if callable(getattr(reference, name, None))]
+
+
+def in_backward() -> bool:
+    """Whether this thread is running a backward pass. Nothing public tells it; torch.utils.checkpoint asks the same way."""
+    return torch._C._current_graph_task_id() != -1
