@@ -7,8 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/simd.h"
 #include "row.h"
-#include "simd.h"
 
 namespace py = pybind11;
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc").glob("cuda_*.cu"))
+SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 CAPABILITIES = (80, 90, 100)
 NVCC = shutil.which("nvcc")
 
@@ -54,7 +54,7 @@ def test_every_kernel_is_built_for_every_capability(build):
     first, *others = (len(kernels) for kernels in names.values())
     assert first > 0 and all(other == first for other in others), source
     text = source.read_text()
-    for header in re.findall(r'#include "(cuda_\w+\.h)"', text):
+    for header in re.findall(r'#include "(\w+\.h)"', text):
         text += (source.parent / header).read_text()
     declared = set(re.findall(r"__global__ void __launch_bounds__\(.*\) (\w+)\(", text))
     assert declared

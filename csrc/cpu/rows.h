@@ -1,6 +1,7 @@
 // The rows of ce_entropy and mixupe_loss and their gradients on the CPU: loops over blocks of a row, arithmetic from row.h.
 #pragma once
-#include "cpu_bfloat16.h"
+#include "../operators/rows.h"
+#include "bfloat16.h"
 
 namespace mixupe {
 namespace {
@@ -128,11 +129,6 @@ MIXUPE_SIMD void write_block(const T* block, int64_t n, L* out) {
   store_block(block, n, out);
 }
 
-template <typename T>
-struct RowLoss {
-  T ce, entropy, lse, mass;
-};
-
 // A row of labels. Its few numbers are float64, so that merging blocks costs no digits; CE is of shifted logits, since
 // lse - z_y would lose the digits of a shift that all logits share.
 template <typename L, typename T>
@@ -190,36 +186,14 @@ struct WaitingGradient {
   WaitingGradient from_row(int64_t row, int64_t n) const { return {out + row * n, kept + row * kept_length<L>(n)}; }
 };
 
+// The loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is in η̂,
+// but η̂ is a factor of the whole gradient: scale_gradient puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row of R
+// are without it, too.
 template <typename L>
-struct Forward {
-  using T = Accumulate<L>;
-  const L* logits;
-  int64_t stride;
-  Targets<T> targets;
-  bool sigmoid;
-  T *ce, *entropy, *lse;
-  // For mixupe_loss, whose `entropy` is signed: each row's penalty, 0 where it carries none.
-  T* value = nullptr;
-  LossShape<T> shape = {};
-  // For the loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is
-  // in η̂, but η̂ is a factor of the whole gradient: scale_gradient puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row
-  // of R are without it, too.
+struct OnePass {
   WaitingGradient<L> gradient = {};
-  T mix = 0, reg = 0;
+  Accumulate<L> mix = 0, reg = 0;
 };
-
-// Writes what the loss and its backward need of a row; returns the slope of its penalty, 0 where it carries none.
-template <typename L, typename T>
-MIXUPE_FN T keep_row(const Forward<L>& job, int64_t row, const Labels<T>& l, const RowLoss<T>& r) {
-  const LossShape<T>& shape = job.shape;
-  const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
-  const bool regularized = shape.regularizes(row, l.kept);
-  const T slope = regularized ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
-  job.ce[row] = r.ce, job.lse[row] = r.lse;
-  job.value[row] = regularized ? penalty_value(q, shape.penalty, shape.threshold) : T(0);
-  job.entropy[row] = sign_entropy(r.entropy, slope);
-  return slope;
-}
 
 template <typename T>
 void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* dz) {
@@ -256,16 +230,17 @@ MIXUPE_SIMD void gradient_of_exponentials(
 }
 
 template <typename L, typename T>
-void loss_and_gradient_row(const Forward<L>& job, int64_t row, const L* z, const Labels<T>& l, Block<T>& block) {
+void loss_and_gradient_row(
+    const Forward<L>& job, const OnePass<L>& one_pass, int64_t row, const L* z, const Labels<T>& l, Block<T>& block) {
   const int64_t n = job.targets.classes;
-  const auto [out, kept] = job.gradient.from_row(row, n);
+  const auto [out, kept] = one_pass.gradient.from_row(row, n);
   T* const exponentials = block.y;
   const Stats<T> sums = exponentials_block(z, n, block.z, exponentials);
   const Stats<double> stats{sums.max, sums.sum, sums.weighted};
   const RowLoss<T> r = label_loss(z, l, stats);
-  const T slope = keep_row(job, row, l, r);
+  const T slope = write_row(job, row, l, r);
   const RowGradient<T> g =
-      loss_gradient(row < job.shape.num_mixed ? job.mix : T(0), job.reg, slope, T(1), job.shape.penalty);
+      loss_gradient(row < job.shape.num_mixed ? one_pass.mix : T(0), one_pass.reg, slope, T(1), job.shape.penalty);
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
   const SoftmaxGradient<T> of_sum{
       short_nan(r.lse), short_nan(level / sums.sum), short_nan(g.entropy / sums.sum), g.ce};
@@ -275,22 +250,19 @@ void loss_and_gradient_row(const Forward<L>& job, int64_t row, const L* z, const
 }
 
 template <typename L>
-void forward_rows(const Forward<L>& job, int64_t begin, int64_t end) {
+void forward_rows(const Forward<L>& job, const OnePass<L>& one_pass, int64_t begin, int64_t end) {
   using T = Accumulate<L>;
   Block<T> block;
   for (int64_t row = begin; row < end; ++row) {
     const L* z = job.logits + row * job.stride;
     const Labels<T> l = job.targets.row_labels(row);
-    if (job.gradient) {
-      loss_and_gradient_row(job, row, z, l, block);
+    if (one_pass.gradient) {
+      loss_and_gradient_row(job, one_pass, row, z, l, block);
       continue;
     }
     const RowLoss<T> r = job.sigmoid ? sigmoid_row(z, job.targets, l, row, block)
                                      : softmax_row(z, job.targets, l, row, block);
-    if (job.value)
-      keep_row(job, row, l, r);
-    else
-      job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
+    write_row(job, row, l, r);
   }
 }
 
@@ -301,40 +273,10 @@ MIXUPE_SIMD void scale_values(const T* values, int64_t n, T factor, L* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(values[i] * factor);
 }
 
-template <typename L>
-struct Backward {
-  using T = Accumulate<L>;
-  const L* logits;
-  int64_t stride;
-  L* out;
-  int64_t out_stride;
-  Targets<T> targets = {};
-  bool sigmoid = false;
-  T class_weight_sum = 0;
-  Vector<T> entropy = {}, lse = {};
-  Vector<T> grad_ce = {}, grad_entropy = {}, grad_lse = {};
-  // For mixupe_loss_backward, in place of the three gradients: ∂L/∂CE of the first rows, ∂L/∂penalty of those whose
-  // `entropy` has a sign.
-  bool loss = false;
-  int64_t num_mixed = 0;
-  T mix = 0, reg = 0;
-  int penalty = penalty_abs;
-};
-
-template <typename L, typename T>
-RowGradient<T> upstream(const Backward<L>& job, int64_t row, T slope, T mass) {
-  if (job.loss)
-    return loss_gradient(row < job.num_mixed ? job.mix : T(0), job.reg, slope,
-                         q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
-  return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
-          job.grad_lse ? job.grad_lse[row] : T(0)};
-}
-
 // Σy of a row; dense targets take a pass of their own, since every column's gradient needs it.
-template <typename L, typename T>
-T target_mass(const Backward<L>& job, const Labels<T>& l, int64_t row, T* y) {
-  const Targets<T>& t = job.targets;
-  if (!t.dense) return l.own_weight + l.partner_weight + l.uniform * job.class_weight_sum;
+template <typename T>
+T target_mass(const Targets<T>& t, T class_weight_sum, const Labels<T>& l, int64_t row, T* y) {
+  if (!t.dense) return l.own_weight + l.partner_weight + l.uniform * class_weight_sum;
   double mass = 0;
   for (int64_t start = 0; start < t.classes; start += block_size)
     mass += target_block(t, l, row, start, block_length(t.classes, start), y);
@@ -342,17 +284,15 @@ T target_mass(const Backward<L>& job, const Labels<T>& l, int64_t row, T* y) {
 }
 
 template <typename L>
-void backward_rows(const Backward<L>& job, int64_t begin, int64_t end) {
+void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64_t begin, int64_t end) {
   using T = Accumulate<L>;
   Block<T> block;
   const Targets<T>& t = job.targets;
   const bool everywhere = job.sigmoid || t.everywhere();
   for (int64_t row = begin; row < end; ++row) {
     const Labels<T> l = t.row_labels(row);
-    const T mass = target_mass(job, l, row, block.y), lse = job.lse[row];
-    const SignedEntropy<T> h = job.loss ? split_sign(job.entropy[row]) : SignedEntropy<T>{job.entropy[row], T(0)};
-    const RowGradient<T> g = upstream(job, row, h.slope, mass);
-    const T level = gradient_level(g, mass, h.entropy);
+    const T mass = target_mass(t, class_weight_sum, l, row, block.y), lse = job.lse[row];
+    const auto [g, level] = upstream(job, row, mass);
     const L* z = job.logits + row * job.stride;
     L* out = job.out + row * job.out_stride;
     if constexpr (std::is_same_v<L, BFloat16>) {

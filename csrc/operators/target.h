@@ -1,5 +1,7 @@
-// mixed_target on the host, over the run that each backend defines, and what it makes of one row.
+// mixed_target on the host, over the run_target that each backend defines, and what it makes of one row.
 #pragma once
+#include <tuple>
+
 #include "checks.h"
 
 namespace mixupe {
@@ -54,6 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
   lam.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return {own_lam, own_partner, own_label, partner_label};
 }
+
+STABLE_TORCH_LIBRARY_IMPL(mixupe, MIXUPE_KEY, m) { m.impl("mixed_target", TORCH_BOX(&mixed_target)); }
 
 }  // namespace
 }  // namespace mixupe

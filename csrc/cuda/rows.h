@@ -1,7 +1,9 @@
 // Kernels over rows of logits: one pass each way, a warp or a block to a row, arithmetic from row.h. Sums are joined in
 // a fixed order and never by atomics: results repeat bit for bit.
 #pragma once
-#include "cuda.h"
+#include "../operators/rows.h"
+#include "elements.h"
+#include "team.h"
 
 namespace mixupe {
 
@@ -45,11 +47,6 @@ __device__ __forceinline__ void load_targets(
     if (l.partner == k + i) y[i] += l.partner_weight;
   }
 }
-
-template <typename T>
-struct RowLoss {
-  T ce, entropy, lse, mass;
-};
 
 // What a thread knows of its share of a row of logits and targets.
 template <typename T>
@@ -147,19 +144,6 @@ __device__ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<
   return {sums.ce, sums.entropy, sums.softplus, T(0)};
 }
 
-template <typename L>
-struct Forward {
-  using T = Accumulate<L>;
-  const L* logits;
-  int64_t stride;
-  Targets<T> targets;
-  bool sigmoid;
-  T *ce, *entropy, *lse;
-  LossShape<T> shape;
-  // For mixupe_loss, whose `entropy` is signed: each row's share of kept labels and its penalty.
-  T *kept = nullptr, *value = nullptr;
-};
-
 template <typename Team, bool sigmoid, typename L>
 __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_rows(const Forward<L> job) {
   using T = Accumulate<L>;
@@ -175,74 +159,28 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_row
     }
   }();
   if (Team::rank() != 0) return;
-  job.ce[row] = r.ce, job.entropy[row] = r.entropy, job.lse[row] = r.lse;
-  if (!job.value) return;
-  const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, sigmoid, r.mass));
-  const LossShape<T>& shape = job.shape;
-  const T slope = shape.regularizes(row, l.kept) ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
-  job.kept[row] = l.kept;
-  job.value[row] = penalty_value(q, shape.penalty, shape.threshold);
-  job.entropy[row] = sign_entropy(r.entropy, slope);
+  write_row(job, row, l, r);
 }
 
-template <typename T>
-struct Total {
-  const T *ce, *kept, *value, *eta, *reg_weight;
-  LossShape<T> shape;
-  bool rescale;
-  T *loss, *parts;
-};
-
 // The loss and its parts, by one block: the order of summation is fixed.
-template <typename Team, typename T>
-__global__ void __launch_bounds__(Team::block) total_loss(const Total<T> job) {
-  const LossShape<T>& shape = job.shape;
+template <typename Team, typename L>
+__global__ void __launch_bounds__(Team::block) total_loss(const Loss<L> job) {
+  const Forward<L>& rows = job.rows;
+  const auto& shape = rows.shape;
   LossSums sums{};
   for (int64_t row = Team::rank(); row < shape.num_mixed; row += Team::threads) {
-    sums.mix += job.ce[row];
-    sums.rows_mix += job.kept[row];
+    sums.mix += rows.ce[row];
+    sums.rows_mix += rows.kept[row];
   }
   for (int64_t row = shape.rows - shape.num_reg + Team::rank(); row < shape.rows; row += Team::threads) {
-    const bool regularized = shape.regularizes(row, job.kept[row]);
-    sums.reg += regularized ? job.value[row] : T(0);
-    sums.rows_reg += regularized ? 1 : 0;
+    sums.reg += rows.value[row];
+    sums.rows_reg += shape.regularizes(row, rows.kept[row]) ? 1 : 0;
   }
   sums = Team::reduce(sums, [](const LossSums& a, const LossSums& b) {
     return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.reg + b.reg, a.rows_reg + b.rows_reg};
   });
   if (Team::rank() != 0) return;
   *job.loss = loss_of_sums(sums, *job.eta, *job.reg_weight, job.rescale, job.parts);
-}
-
-template <typename L>
-struct Backward {
-  using T = Accumulate<L>;
-  const L* logits;  // out may be the logits: each element is read by the thread that writes it, before
-  int64_t stride;
-  L* out;
-  int64_t out_stride;
-  Targets<T> targets;
-  bool sigmoid;
-  Vector<T> entropy, lse;
-  int64_t rows;
-  Vector<T> grad_ce = {}, grad_entropy = {}, grad_lse = {};
-  // For mixupe_loss_backward, in place of the three gradients; `entropy` is then signed, and no `grad` stands for 1.
-  bool loss = false;
-  const T* grad = nullptr;
-  Vector<T> parts = {};
-  int64_t num_mixed = 0;
-  int penalty = penalty_abs;
-};
-
-template <typename L, typename T>
-__device__ RowGradient<T> upstream(const Backward<L>& job, int64_t row, T slope, T mass) {
-  if (job.loss) {
-    const T grad = job.grad ? *job.grad : T(1);
-    return loss_gradient(row < job.num_mixed ? grad * job.parts[3] : T(0), grad * job.parts[4], slope,
-                         q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
-  }
-  return {job.grad_ce ? job.grad_ce[row] : T(0), job.grad_entropy ? job.grad_entropy[row] : T(0),
-          job.grad_lse ? job.grad_lse[row] : T(0)};
 }
 
 // Σy of a row; where targets differ between classes it takes a pass of its own, since every column's gradient needs it.
@@ -271,9 +209,9 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
   const Labels<T> l = checked_labels(t, row);
   const T* target_row = t.dense ? t.dense + row * t.dense_stride : t.class_weight;
   const T mass = target_mass<Team>(t, l, row, span_of<T, target_pack>(target_row, t.classes));
-  const SignedEntropy<T> h = job.loss ? split_sign(job.entropy[row]) : SignedEntropy<T>{job.entropy[row], T(0)};
-  const RowGradient<T> g = upstream(job, row, h.slope, mass);
-  const T lse = job.lse[row], level = gradient_level(g, mass, h.entropy);
+  const RowUpstream<T> row_upstream = upstream(job, row, mass);
+  const RowGradient<T> g = row_upstream.g;
+  const T lse = job.lse[row], level = row_upstream.level;
   const L* z = job.logits + row * job.stride;
   L* out = job.out + row * job.out_stride;
   const Span span = span_of<L, pack>(out, t.classes);

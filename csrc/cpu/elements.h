@@ -1,22 +1,13 @@
-// What the CPU kernels share: SIMD builds of one function, conversion of dtypes, blocks of a row.
+// Elements on the CPU: conversion of dtypes, blocks of a row.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#include "checks.h"
+#include "../operators/dtypes.h"
+#include "../row.h"
 #include "simd.h"
 
 namespace mixupe {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <typename L>
-using Accumulate = std::conditional_t<std::is_same_v<L, double>, double, float>;
 
 // Conversions as integer arithmetic, which vectorizes on every level (F16C and AVX512-BF16 are not on all).
 
@@ -113,37 +104,6 @@ template <typename L, typename T>
 MIXUPE_FN void store_block(const T* block, int64_t n, L* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(block[i]);
-}
-
-// Elements that pay for waking a thread (about 2 µs at 0.25 ns an element).
-constexpr int64_t elements_per_thread = 16384;
-
-template <typename F>
-void parallel_rows(int64_t rows, int64_t elements_per_row, const F& body) {
-  const int64_t grain = elements_per_thread / (elements_per_row > 0 ? elements_per_row : 1);
-  torch::stable::parallel_for(0, rows, grain > 0 ? grain : 1, body);
-}
-
-inline void check_rows(const char* name, const Vector<int64_t>& rows, int64_t count, int64_t batch) {
-  for (int64_t i = 0; rows && i < count; ++i)
-    if (rows[i] < 0 || rows[i] >= batch) fail(name, " must be in [0, ", batch - 1, "], got ", rows[i]);
-}
-
-// Calls f with a value of the C++ type that a floating dtype names.
-template <typename F>
-void with_float_type(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: fail("expected a floating dtype, got ", torch::headeronly::toString(dtype));
-  }
-}
-
-template <typename F>
-void with_mixable_type(ScalarType dtype, const F& f) {
-  dtype == ScalarType::Byte ? f(uint8_t{}) : with_float_type(dtype, f);
 }
 
 }  // namespace mixupe

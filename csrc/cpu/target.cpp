@@ -1,6 +1,8 @@
 // mixed_target on the CPU.
-#include "cpu.h"
-#include "target_rows.h"
+#include "../operators/target.h"
+
+#include "parallel.h"
+#include "values.h"
 
 namespace mixupe {
 namespace {
@@ -15,7 +17,5 @@ void run_target(const TargetRows<T>& job, const Tensor&) {
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mixupe, CPU, m) { m.impl("mixed_target", TORCH_BOX(&mixed_target)); }
 
 }  // namespace mixupe

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "cpu.h"
+#include "elements.h"
 #ifdef MIXUPE_SIMD_BFLOAT16
 #include <immintrin.h>
 #endif

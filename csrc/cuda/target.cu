@@ -1,6 +1,8 @@
 // mixed_target on CUDA: a thread a row.
-#include "cuda.h"
-#include "target_rows.h"
+#include "../operators/target.h"
+
+#include "elements.h"
+#include "launch.h"
 
 namespace mixupe {
 namespace {
@@ -21,7 +23,5 @@ void run_target(const TargetRows<T>& job, const Tensor& like) {
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mixupe, CUDA, m) { m.impl("mixed_target", TORCH_BOX(&mixed_target)); }
 
 }  // namespace mixupe
