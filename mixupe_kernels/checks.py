@@ -80,14 +80,21 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-_VALUE_MESSAGE = re.compile(r"(target|partner|rows|lam|index|a_index|b_index) must be |out must not overlap ")
+_VALUE_MESSAGE = re.compile(
+    r"\b(labels|partner_labels|partner|rows|lam|index|a_index|b_index) must be |out must not overlap "
+)
+# What the public functions call an operator's argument.
+_PUBLIC_NAMES = {"labels": "target", "partner_labels": "target"}
 
 
 def translate(error: RuntimeError) -> Exception:
     """A compiled backend can only raise RuntimeError: make one about a tensor's values the ValueError it stands for."""
     first_line = str(error).splitlines()[0] if str(error) else ""
     found = _VALUE_MESSAGE.search(first_line)
-    return ValueError(first_line[found.start() :]) if found else error
+    if not found:
+        return error
+    name, rest = first_line[found.start() :].split(" ", 1)
+    return ValueError(f"{_PUBLIC_NAMES.get(name, name)} {rest}")
 
 
 def has_tangent(*values: object) -> bool:

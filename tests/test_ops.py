@@ -183,10 +183,9 @@ def gradient_of_fixed_logits():
     grad_ce[5] = NAN_OF_ALL_BITS
     dz = ops.ce_entropy_backward(grad_ce, -lam, None, logits, entropy, lse, labels, labels.flip(0), lam)
     assert dz[5].isnan().all() and dz.isnan().sum() == 1000
-    lam[7] = NAN_OF_ALL_BITS
-    scalars = (torch.tensor(0.7), torch.tensor(0.3), 40, 24, 0, 0.5, False)
+    scalars = (NAN_OF_ALL_BITS[0], torch.tensor(0.3), 63, 1, 0, 0.5, False)
     _, _, whole = ops.mixupe_loss_with_gradient(logits, labels, labels.flip(0), lam, *scalars)
-    assert whole[7].isnan().all() and whole.isnan().sum() == 1000
+    assert whole[63].isnan().all() and whole.isnan().sum() == 1000
     rescaled = (*scalars[:-1], True)
     assert ops.mixupe_loss_with_gradient(logits, labels, labels.flip(0), lam, *rescaled)[2].isnan().all()
     gradients = torch.cat([dz, whole]).nan_to_num()
@@ -460,8 +459,8 @@ def test_a_flip_inside_a_box_may_be_in_place(backend):
 def test_box_must_be_four_edges_of_images(backend):
     x, partner, lam = torch.randn(4, 6, 6), torch.arange(4), torch.rand(4)
     for images, box, message in (
-        (x, torch.tensor([0, 1, 2]), r"box must have (shape \(4,\)|4 elements)"),
-        (x, torch.rand(4), "box must (have dtype int64|be Long)"),
+        (x, torch.tensor([0, 1, 2]), r"box must have shape \(4,\)"),
+        (x, torch.rand(4), "box must have dtype int64"),
         (x[0, :4], torch.tensor([0, 1, 0, 1]), "box needs x of"),
     ):
         with pytest.raises((RuntimeError, TypeError, ValueError), match=message):

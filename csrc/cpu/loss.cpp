@@ -15,8 +15,9 @@ namespace {
 
 template <typename T>
 void check_values(const Targets<T>& targets, int64_t rows) {
-  check_labels("target", targets.own, rows, targets.classes, targets.ignore_index);
-  check_labels("target", targets.partner, rows, targets.classes, targets.ignore_index);
+  check_labels("labels", targets.own, rows, targets.classes, targets.ignore_index);
+  check_labels("partner_labels", targets.partner, rows, targets.classes, targets.ignore_index);
+  check_weights(targets.lam, rows);
 }
 
 template <typename L>

@@ -8,14 +8,15 @@
 namespace mixupe {
 
 __device__ __forceinline__ void check_label(int64_t label, int64_t classes, int64_t ignore_index) {
-  assert(((label >= 0 && label < classes) || label == ignore_index) && "target must be a class in [0, C)");
+  assert(((label >= 0 && label < classes) || label == ignore_index) && "labels must be classes in [0, C)");
 }
 
-// The row's labels, refused before anything is read at them.
+// The row's labels, refused before anything is read at them; λ must be in [0, 1].
 template <typename T>
 __device__ __forceinline__ Labels<T> checked_labels(const Targets<T>& t, int64_t row) {
   if (t.own) check_label(t.own[row], t.classes, t.ignore_index);
   if (t.partner) check_label(t.partner[row], t.classes, t.ignore_index);
+  assert((!t.lam || (t.lam[row] >= T(0) && t.lam[row] <= T(1))) && "lam must be in [0, 1]");
   return t.row_labels(row);
 }
 

@@ -5,6 +5,7 @@
 #if defined(__CUDACC__) && !defined(USE_CUDA)
 #define USE_CUDA  // torch's headers declare their CUDA functions under it
 #endif
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,8 +14,10 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <charconv>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -87,15 +90,77 @@ void with_mixable_type(ScalarType dtype, const F& f) {
   dtype == ScalarType::Byte ? f(uint8_t{}) : with_float_type(dtype, f);
 }
 
-inline void require_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
-  const ScalarType actual = tensor.scalar_type();
-  if (actual != dtype)
-    fail(name, " must be ", torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(actual));
+// Messages name dtypes, shapes and devices as PyTorch prints them, and begin with the argument's name in the schema.
+
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
 }
 
-inline void require_device(const char* name, const Tensor& tensor, const Tensor& like) {
-  require(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-          " must be on the device of the other arguments");
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline int32_t device_type_of(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  const int32_t type = device_type_of(tensor);
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  if (type == aoti_torch_device_type_meta()) return "meta";
+  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device:") + std::to_string(tensor.get_device_index());
+}
+
+// A tensor beside which others must lie, and its name.
+struct Beside {
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline void require_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
+  const ScalarType actual = tensor.scalar_type();
+  if (actual != dtype) fail(name, " must have dtype ", name_of(dtype), ", got ", name_of(actual));
+}
+
+inline void require_float(const char* name, ScalarType dtype) {
+  if (!is_float(dtype)) fail(name, " must have dtype float32, float64, bfloat16, float16, got ", name_of(dtype));
+}
+
+inline void require_mixable(const char* name, ScalarType dtype) {
+  if (!is_mixable(dtype)) fail(name, " must have dtype float32, float64, bfloat16, float16, uint8, got ", name_of(dtype));
+}
+
+inline void require_device(const char* name, const Tensor& tensor, const Beside& beside) {
+  const Tensor& other = beside.tensor;
+  if (device_type_of(tensor) != device_type_of(other) || tensor.get_device_index() != other.get_device_index())
+    fail(name, " must be on the device of ", beside.name, ", ", device_text(other), ", got ", device_text(tensor));
+}
+
+inline void require_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
+  const auto actual = tensor.sizes();
+  if (actual.size() != expected.size() || !std::equal(expected.begin(), expected.end(), actual.begin()))
+    fail(name, " must have shape ", shape_text(std::vector<int64_t>(expected)), ", got ", shape_text(actual));
 }
 
 template <typename T>
@@ -118,34 +183,33 @@ constexpr ScalarType dtype_of() {
 }
 
 template <typename T>
-Vector<T> vector_of(const char* name, const Tensor& tensor, int64_t length, const Tensor& like) {
+Vector<T> vector_of(const char* name, const Tensor& tensor, int64_t length, const Beside& beside) {
   require_dtype(name, tensor, dtype_of<T>());
-  require_device(name, tensor, like);
-  require(tensor.dim() == 1 && tensor.size(0) == length, name, " must have ", length, " elements in one dimension");
+  require_device(name, tensor, beside);
+  require_shape(name, tensor, {length});
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
 }
 
 template <typename T>
-Vector<T> vector_of(const char* name, const OptionalTensor& tensor, int64_t length, const Tensor& like) {
-  return tensor ? vector_of<T>(name, *tensor, length, like) : Vector<T>{};
+Vector<T> vector_of(const char* name, const OptionalTensor& tensor, int64_t length, const Beside& beside) {
+  return tensor ? vector_of<T>(name, *tensor, length, beside) : Vector<T>{};
 }
 
 // A weight for each row: (length,), (1,) or a 0-d tensor for all of them.
 template <typename T>
-Vector<T> row_weights(const char* name, const Tensor& tensor, int64_t length, const Tensor& like) {
-  if (tensor.dim() == 1 && tensor.size(0) == length) return vector_of<T>(name, tensor, length, like);
+Vector<T> row_weights(const char* name, const Tensor& tensor, int64_t length, const Beside& beside) {
+  if (tensor.dim() > 1 || tensor.numel() != 1) return vector_of<T>(name, tensor, length, beside);
   require_dtype(name, tensor, dtype_of<T>());
-  require_device(name, tensor, like);
-  require(tensor.dim() <= 1 && tensor.numel() == 1, name, " must have 1 or ", length, " elements");
+  require_device(name, tensor, beside);
   return {static_cast<const T*>(tensor.const_data_ptr()), 0};
 }
 
 // A scalar the kernel reads where it lies.
 template <typename T>
-const T* scalar_of(const char* name, const Tensor& tensor, const Tensor& like) {
+const T* scalar_of(const char* name, const Tensor& tensor, const Beside& beside) {
   require_dtype(name, tensor, dtype_of<T>());
-  require_device(name, tensor, like);
-  require(tensor.numel() == 1, name, " must have one element, got ", tensor.numel());
+  require_device(name, tensor, beside);
+  require_shape(name, tensor, {});
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 

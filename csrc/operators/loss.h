@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t ignored_label = -100;  // of the losses; ce_entropy takes another
 
-// Refuses labels out of range, now or, where reading them would wait for a device, as the kernels read them.
+// Refuses labels out of range and λ outside [0, 1], now or, where reading them would wait for a device, as the kernels read them.
 template <typename T>
 void check_values(const Targets<T>& targets, int64_t rows);
 
@@ -31,10 +31,9 @@ template <typename L>
 void run_loss_with_gradient(Loss<L> job, const Tensor& gradient);
 
 inline Tensor check_logits(const Tensor& logits) {
-  require(logits.dim() == 2, "logits must have 2 dimensions (rows, classes), got ", logits.dim());
-  require(is_float(logits.scalar_type()), "logits must be float32, float64, bfloat16 or float16, got ",
-          torch::headeronly::toString(logits.scalar_type()));
-  require(logits.size(1) > 0, "logits must have at least one class");
+  require_float("logits", logits.scalar_type());
+  if (logits.dim() != 2 || logits.size(1) == 0)
+    fail("logits must have shape (N, C) with C >= 1, got ", shape_text(logits.sizes()));
   return with_dense_rows(logits);
 }
 
@@ -50,28 +49,31 @@ struct TargetTensors {
 template <typename T>
 Targets<T> check_targets(TargetTensors& given, const Tensor& logits) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  require(given.label_smoothing >= 0 && given.label_smoothing <= 1, "label_smoothing must be in [0, 1], got ",
-          shortest(given.label_smoothing));
+  const Beside beside{"logits", logits};
+  if (!(given.label_smoothing >= 0 && given.label_smoothing <= 1))
+    fail("label_smoothing must be a number in [0, 1], got ", shortest(given.label_smoothing));
   Targets<T> t;
   t.classes = classes;
   t.ignore_index = given.ignore_index;
   t.label_smoothing = static_cast<T>(given.label_smoothing);
+  require(given.partner_labels.has_value() == given.lam.has_value(), "partner_labels and lam must be given together");
   if (given.labels.dim() == 2) {
-    require_dtype("target", given.labels, dtype_of<T>());
-    require_device("target", given.labels, logits);
-    require(sizes_of(given.labels) == sizes_of(logits), "target must have the shape of logits");
+    require(!given.lam, "lam must be None where labels are soft: mix them before");
+    require_dtype("labels", given.labels, dtype_of<T>());
+    require_device("labels", given.labels, beside);
+    require_shape("labels", given.labels, {rows, classes});
     given.labels = with_dense_rows(given.labels);
     t.dense = static_cast<const T*>(given.labels.const_data_ptr());
     t.dense_stride = given.labels.stride(0);
   } else {
-    require(given.partner_labels.has_value() == given.lam.has_value(), "partner and lam must be given together");
-    t.own = vector_of<int64_t>("target", given.labels, rows, logits);
-    t.partner = vector_of<int64_t>("partner", given.partner_labels, rows, logits);
-    t.lam = given.lam ? row_weights<T>("lam", *given.lam, rows, logits) : Vector<T>{};
+    t.own = vector_of<int64_t>("labels", given.labels, rows, beside);
+    t.partner = vector_of<int64_t>("partner_labels", given.partner_labels, rows, beside);
+    t.lam = vector_of<T>("lam", given.lam, rows, beside);
   }
   if (given.class_weight) {
+    vector_of<T>("class_weight", *given.class_weight, classes, beside);
     given.class_weight = torch::stable::contiguous(*given.class_weight);
-    t.class_weight = vector_of<T>("class_weight", *given.class_weight, classes, logits).data;
+    t.class_weight = static_cast<const T*>(given.class_weight->const_data_ptr());
   }
   check_values(t, rows);
   return t;
@@ -103,8 +105,8 @@ struct GradientOutput {
 
 inline GradientOutput check_gradient_output(const Tensor& logits, const Tensor& out) {
   require_dtype("out", out, logits.scalar_type());
-  require_device("out", out, logits);
-  require(sizes_of(out) == sizes_of(logits), "out must have the shape of logits");
+  require_device("out", out, {"logits", logits});
+  require_shape("out", out, {logits.size(0), logits.size(1)});
   require(!overlap(logits, out) || same_memory(logits, out), "out must be logits itself or not overlap it");
   const bool dense = samples_are(out, MemoryFormat::Contiguous) && (out.size(0) <= 1 || out.stride(0) >= out.size(1));
   return dense ? GradientOutput{out, false}
@@ -187,11 +189,11 @@ Tensor ce_entropy_backward(
                  using L = decltype(type);
                  using T = Accumulate<L>;
                  Backward<L> job = backward_job<L>(logits, out, targets, sigmoid,
-                                                   vector_of<T>("entropy", entropy, rows, logits),
-                                                   vector_of<T>("lse", lse, rows, logits));
-                 job.grad_ce = vector_of<T>("grad_ce", grad_ce, rows, logits);
-                 job.grad_entropy = vector_of<T>("grad_entropy", grad_entropy, rows, logits);
-                 job.grad_lse = vector_of<T>("grad_lse", grad_lse, rows, logits);
+                                                   vector_of<T>("entropy", entropy, rows, {"logits", logits}),
+                                                   vector_of<T>("lse", lse, rows, {"logits", logits}));
+                 job.grad_ce = vector_of<T>("grad_ce", grad_ce, rows, {"logits", logits});
+                 job.grad_entropy = vector_of<T>("grad_entropy", grad_entropy, rows, {"logits", logits});
+                 job.grad_lse = vector_of<T>("grad_lse", grad_lse, rows, {"logits", logits});
                  run_gradient(job, logits);
                });
   return out;
@@ -210,8 +212,8 @@ template <typename L, typename T>
 Loss<L> loss_job(const Tensor& logits, const Targets<T>& targets, const LossTensors& given) {
   const auto shape = check_loss_shape<T>(logits, given.num_mixed, given.num_reg, given.penalty, given.threshold);
   return {forward_job<L, T>(logits, targets, given.sigmoid, shape, nullptr, nullptr, nullptr),
-          scalar_of<T>("eta", given.eta, logits),
-          scalar_of<T>("reg_weight", given.reg_weight, logits),
+          scalar_of<T>("eta", given.eta, {"logits", logits}),
+          scalar_of<T>("reg_weight", given.reg_weight, {"logits", logits}),
           given.rescale,
           data<T>(given.loss),
           data<T>(given.parts)};
@@ -267,11 +269,11 @@ void mixupe_loss_backward_out(
                  using T = Accumulate<L>;
                  const LossShape<T> shape = check_loss_shape<T>(logits, num_mixed, 0, penalty, 0);
                  Backward<L> job = backward_job<L>(logits, result.buffer, targets, sigmoid,
-                                                   vector_of<T>("signed_entropy", signed_entropy, rows, logits),
-                                                   vector_of<T>("lse", lse, rows, logits));
+                                                   vector_of<T>("signed_entropy", signed_entropy, rows, {"logits", logits}),
+                                                   vector_of<T>("lse", lse, rows, {"logits", logits}));
                  job.loss = true;
-                 job.grad = scalar_of<T>("grad", grad, logits);
-                 job.parts = vector_of<T>("parts", parts, 5, logits);
+                 job.grad = scalar_of<T>("grad", grad, {"logits", logits});
+                 job.parts = vector_of<T>("parts", parts, 5, {"logits", logits});
                  job.num_mixed = shape.num_mixed, job.penalty = shape.penalty;
                  run_gradient(job, logits);
                });

@@ -56,13 +56,13 @@ struct MixCall {
 // The number of samples of the result.
 inline int64_t check_mix(const Tensor& x, const MixArguments& arguments, ScalarType dtype) {
   const auto& rows = arguments.rows;
-  require(x.dim() >= 1, "x must have at least one dimension (samples)");
-  require(is_mixable(x.scalar_type()), "x must be a float or uint8 tensor, got ",
-          torch::headeronly::toString(x.scalar_type()));
-  require(is_mixable(dtype), "dtype must be a float or uint8 dtype, got ", torch::headeronly::toString(dtype));
-  const int64_t count = rows ? (require(rows->dim() == 1, "rows must have one dimension"), rows->size(0)) : x.size(0);
-  vector_of<int64_t>("rows", rows, count, x);
-  vector_of<int64_t>("partner", arguments.partner, count, x);
+  require_mixable("x", x.scalar_type());
+  require_mixable("dtype", dtype);
+  require(x.dim() >= 1, "x must have a batch dimension");
+  require(!rows || rows->dim() == 1, "rows must have one dimension");
+  const int64_t count = rows ? rows->size(0) : x.size(0);
+  vector_of<int64_t>("rows", rows, count, {"x", x});
+  vector_of<int64_t>("partner", arguments.partner, count, {"x", x});
   require(arguments.scale.has_value() == arguments.shift.has_value(), "scale and shift must be given together");
   if (arguments.scale) require(x.dim() >= 2, "scale and shift need x to have channels (dimension 1)");
   return count;
@@ -81,10 +81,10 @@ inline MixCall plan_mix(
 // Into a caller's buffer: samples dense in either order are written in place; for another layout `call.out` is a
 // buffer of its own, to be copied to `out`.
 inline MixCall plan_mix_out(const Tensor& x, int64_t count, const Tensor& out, bool flip) {
-  require_device("out", out, x);
+  require_device("out", out, {"x", x});
   std::vector<int64_t> sizes = sizes_of(x);
   sizes[0] = count;
-  require(sizes_of(out) == sizes, "out must have the shape of the result");
+  if (sizes_of(out) != sizes) fail("out must have shape ", shape_text(sizes), ", got ", shape_text(out.sizes()));
   require(!overlap(x, out) || (flip && same_memory(x, out)),
           "out must not overlap x, except that it may be x itself where partner and rows are None");
   const MemoryFormat channels_last = channels_last_format(x.dim());
@@ -103,11 +103,12 @@ inline Box box_of(const MixCall& call, int64_t channels, const OptionalTensor& e
   const Tensor& x = call.x;
   require(x.dim() >= 3, "box needs x of at least 3 dimensions (samples, height, width), got ", x.dim());
   const int64_t pixel = call.format == MemoryFormat::Contiguous ? 1 : channels;
-  return {vector_of<int64_t>("box", edges, 4, x), x.size(x.dim() - 2), x.size(x.dim() - 1) * pixel, pixel};
+  return {vector_of<int64_t>("box", edges, 4, {"x", x}), x.size(x.dim() - 2), x.size(x.dim() - 1) * pixel, pixel};
 }
 
 void mix_into(const MixCall& call, int64_t count, const MixArguments& arguments) {
   const Tensor& x = call.x;
+  const Beside beside{"x", x};
   const int64_t sample = sample_size(x), channels = x.dim() >= 2 ? x.size(1) : 1;
   const int64_t channel_stride = call.format == MemoryFormat::Contiguous && channels ? sample / channels : 1;
   with_mixable_type(x.scalar_type(), [&](auto type) {
@@ -118,11 +119,11 @@ void mix_into(const MixCall& call, int64_t count, const MixArguments& arguments)
                              x.size(0),
                              count,
                              sample,
-                             vector_of<int64_t>("partner", arguments.partner, count, x),
-                             vector_of<int64_t>("rows", arguments.rows, count, x),
-                             row_weights<T>("lam", arguments.lam, count, x),
-                             vector_of<T>("scale", arguments.scale, channels, x),
-                             vector_of<T>("shift", arguments.shift, channels, x),
+                             vector_of<int64_t>("partner", arguments.partner, count, beside),
+                             vector_of<int64_t>("rows", arguments.rows, count, beside),
+                             row_weights<T>("lam", arguments.lam, count, beside),
+                             vector_of<T>("scale", arguments.scale, channels, beside),
+                             vector_of<T>("shift", arguments.shift, channels, beside),
                              channels,
                              channel_stride,
                              box_of(call, channels, arguments.box)};

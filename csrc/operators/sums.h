@@ -41,8 +41,8 @@ template <typename T>
 void run_dot(const DotRows<T>& job, const Tensor& like);
 
 Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor& weight, const Tensor& offsets) {
-  require(src_argument.dim() >= 1 && is_float(src_argument.scalar_type()),
-          "src must be a float tensor of at least one dimension");
+  require_float("src", src_argument.scalar_type());
+  require(src_argument.dim() >= 1, "src must have at least one dimension");
   require(index.dim() == 1, "index must have one dimension");
   require(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must have one dimension and at least one element");
   const Tensor src = with_samples(src_argument, MemoryFormat::Contiguous);
@@ -50,6 +50,7 @@ Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor&
   require(rows > 0 || terms == 0, "offsets must go from 0 to ", terms);
   std::vector<int64_t> sizes = sizes_of(src);
   sizes[0] = rows;
+  const Beside beside{"src", src};
   const Tensor out = allocate(src, src.scalar_type(), sizes);
   with_float_type(src.scalar_type(), [&](auto type) {
     using In = decltype(type);
@@ -61,32 +62,33 @@ Tensor gather_sum(const Tensor& src_argument, const Tensor& index, const Tensor&
                              src.size(0),
                              rows,
                              terms,
-                             vector_of<int64_t>("index", index, terms, src),
-                             vector_of<int64_t>("offsets", offsets, rows + 1, src),
-                             vector_of<Accumulate<In>>("weight", weight, terms, src)};
+                             vector_of<int64_t>("index", index, terms, beside),
+                             vector_of<int64_t>("offsets", offsets, rows + 1, beside),
+                             vector_of<Accumulate<In>>("weight", weight, terms, beside)};
     run_gather(job, src);
   });
   return out;
 }
 
-Operand operand_of(const Tensor& tensor, const char* index_name, const Tensor& index, int64_t count) {
+Operand operand_of(const Beside& operand, const char* index_name, const Tensor& index, int64_t count) {
+  const Tensor& tensor = operand.tensor;
   const auto element = static_cast<int64_t>(tensor.element_size());
   return {static_cast<const char*>(tensor.const_data_ptr()),
           tensor.stride(0) * element,
           element,
           tensor.size(0),
           tensor.scalar_type(),
-          vector_of<int64_t>(index_name, index, count, tensor)};
+          vector_of<int64_t>(index_name, index, count, operand)};
 }
 
 Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor& a_index, const Tensor& b_index) {
   require(a_argument.dim() >= 1 && a_argument.dim() == b_argument.dim(), "a and b must have the same dimensions");
   for (int64_t d = 1; d < a_argument.dim(); ++d)
     require(a_argument.size(d) == b_argument.size(d), "a and b must have samples of the same shape");
-  require(is_mixable(a_argument.scalar_type()) && is_mixable(b_argument.scalar_type()),
-          "a and b must be float or uint8 tensors");
+  require_mixable("a", a_argument.scalar_type());
+  require_mixable("b", b_argument.scalar_type());
   require(a_index.dim() == 1, "a_index must have one dimension");
-  require_device("b", b_argument, a_argument);
+  require_device("b", b_argument, {"a", a_argument});
   const MemoryFormat format = row_format(a_argument);
   const Tensor a = with_samples(a_argument, format), b = with_samples(b_argument, format);
   const ScalarType dtype = accumulate_dtype(a.scalar_type());
@@ -95,7 +97,7 @@ Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor&
   const Tensor out = allocate(a, dtype, {count});
   const auto run = [&](auto type) {
     using T = decltype(type);
-    const DotRows<T> job{operand_of(a, "a_index", a_index, count), operand_of(b, "b_index", b_index, count), count,
+    const DotRows<T> job{operand_of({"a", a}, "a_index", a_index, count), operand_of({"b", b}, "b_index", b_index, count), count,
                          sample_size(a), data<T>(out)};
     run_dot(job, a);
   };

@@ -41,6 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
   require(rows.dim() == 1, "rows must have one dimension, got ", rows.dim());
   const int64_t batch = labels.size(0), count = rows.size(0);
   require(num_mixed >= 0 && num_mixed <= count, "num_mixed must be in [0, ", count, "], got ", num_mixed);
+  if (lam.scalar_type() != ScalarType::Double) require_dtype("lam", lam, ScalarType::Float);
+  const Beside beside{"labels", labels};
   const auto indices = [&] { return allocate(labels, ScalarType::Long, {count}); };
   const Tensor own_lam = allocate(labels, lam.scalar_type(), {count}), own_partner = indices(), own_label = indices(),
                partner_label = indices();
@@ -48,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
     using T = decltype(type);
     const TargetRows<T> job{
         batch, count, num_mixed,
-        vector_of<int64_t>("labels", labels, batch, labels), vector_of<int64_t>("partner", partner, batch, labels),
-        vector_of<int64_t>("rows", rows, count, labels), row_weights<T>("lam", lam, batch, labels),
+        vector_of<int64_t>("labels", labels, batch, beside), vector_of<int64_t>("partner", partner, batch, beside),
+        vector_of<int64_t>("rows", rows, count, beside), row_weights<T>("lam", lam, batch, beside),
         data<T>(own_lam), data<int64_t>(own_partner), data<int64_t>(own_label), data<int64_t>(partner_label)};
     run_target(job, labels);
   };
