@@ -75,6 +75,15 @@ void bind(py::module_ module) {
     add_sigmoid_logit(z, softplus, entropy);
     return std::make_tuple(softplus, entropy);
   }, "(softplus(z), entropy of a Bernoulli with logit z)");
+  module.def("penalty", [](int number, T q, T threshold) {
+    const Penalty<T> penalty = penalty_of(number, q, threshold);
+    return std::make_tuple(penalty.value, penalty.slope, penalty.moves_entropy);
+  }, "(value, slope, whether H moves it) of a penalty of q");
+  module.def("sign_entropy", [](T entropy, T slope) { return sign_entropy(entropy, slope); });
+  module.def("split_sign", [](T signed_entropy) {
+    const SignedEntropy<T> h = split_sign(signed_entropy);
+    return std::make_tuple(h.entropy, h.slope);
+  });
   module.def("mix", [](T own, T other, T lam) { return mix(own, other, lam); });
 }
 
@@ -84,6 +93,7 @@ void bind(py::module_ module) {
 PYBIND11_MODULE(_build, module) {
   module.doc() = "What was built, and row.h for tests.";
   module.def("facts", &mixupe::facts);
+  module.attr("penalty_count") = mixupe::penalty_count;
   mixupe::bind<float>(module.def_submodule("float32"));
   mixupe::bind<double>(module.def_submodule("float64"));
 }

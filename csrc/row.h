@@ -194,19 +194,25 @@ MIXUPE_FN Labels<T> labels(
 
 // The loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
 
-enum Penalty { penalty_abs, penalty_threshold, penalty_linear_detached };
+// What a penalty makes of q̂, and whether H has a gradient of its own in it (or only CE, as if y - p were a constant).
+template <typename T>
+struct Penalty {
+  T value, slope;
+  bool moves_entropy;
+};
+
+// The penalties: a row each, numbered as reference.PENALTIES. A slope is -1, 0 or 1, because sign_entropy keeps it as a sign.
+constexpr long long penalty_count = 3;
 
 template <typename T>
-MIXUPE_FN T penalty_value(T q, int penalty, T threshold) {
-  if (penalty == penalty_abs) return q < T(0) ? -q : q;
-  return penalty == penalty_threshold && q >= threshold ? T(0) : -q;
-}
-
-template <typename T>
-MIXUPE_FN T penalty_slope(T q, int penalty, T threshold) {
-  if (q != q) return q;
-  if (penalty == penalty_abs) return q > T(0) ? T(1) : q < T(0) ? T(-1) : T(0);
-  return penalty == penalty_threshold && q >= threshold ? T(0) : T(-1);
+MIXUPE_FN Penalty<T> penalty_of(int number, T q, T threshold) {
+  if (q != q) return {q, q, true};
+  switch (number) {
+    case 0: return {q < T(0) ? -q : q, T(q > T(0)) - T(q < T(0)), true};                // abs
+    case 1: return {q < threshold ? -q : T(0), q < threshold ? T(-1) : T(0), true};     // threshold
+    case 2: return {-q, T(-1), false};                                                  // linear_detached
+    default: return {T(NAN), T(NAN), true};                                             // refused by the operators
+  }
 }
 
 // All that the backward has to keep of a row beside lse: H times the penalty's slope, and ∞ where that is 0, since H then
@@ -255,12 +261,11 @@ MIXUPE_FN T loss_of_sums(const LossSums& sums, double eta, double reg_weight, bo
   return T(eta_hat * total);
 }
 
-// Gradients of the row's CE, H and lse: `mix` is ∂L/∂CE of a row of L_mix (0 for another), `reg` ∂L/∂penalty of a row of
-// R; with linear_detached y - p is a constant, so H has no gradient of its own.
+// Gradients of the row's CE, H and lse: `mix` is ∂L/∂CE of a row of L_mix (0 for another), `reg` ∂L/∂penalty of a row of R.
 template <typename T>
 MIXUPE_FN RowGradient<T> loss_gradient(T mix, T reg, T slope, T target_mass, int penalty) {
   const T g_q = weigh(slope, reg);
-  return {mix - g_q, penalty == penalty_linear_detached ? T(0) : g_q, g_q * (target_mass - T(1))};
+  return {mix - g_q, penalty_of(penalty, T(0), T(0)).moves_entropy ? g_q : T(0), g_q * (target_mass - T(1))};
 }
 
 // Mixing: λ·own + (1 - λ)·other

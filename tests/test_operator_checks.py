@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
+from mixupe_kernels import reference
 
 ops = torch.ops.mixupe
 
@@ -101,8 +102,8 @@ def test_numbers_of_a_loss_are_refused(operator, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"penalty": 3}, "penalty must be"),
-        ({"penalty": -1}, "penalty must be"),
+        ({"penalty": len(reference.PENALTIES)}, r"penalty must be in \[0, 2\], got 3"),
+        ({"penalty": -1}, r"penalty must be in \[0, 2\], got -1"),
         ({"num_mixed": 5}, r"num_mixed must be in \[0, 4\], got 5"),
     ],
 )

@@ -117,6 +117,31 @@ def test_sigmoid_terms_are_the_formulas(z, y, g):
     assert row.float64.sigmoid_gradient(z, y, g) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+PENALTIES = [
+    lambda q, threshold: (abs(q), np.sign(q), True),
+    lambda q, threshold: (-q, -1, True) if q < threshold else (0, 0, True),
+    lambda q, threshold: (-q, -1, False),
+]
+
+
+@given(st.sampled_from(range(3)), st.floats(-5, 5), st.floats(-5, 5), st.floats(0, 10))
+@settings(max_examples=300, deadline=None)
+def test_penalties_are_their_formulas_and_their_slopes_keep_as_signs(number, q, threshold, entropy):
+    for at in (q, 0.0, threshold):
+        value, slope, moves_entropy = row.float64.penalty(number, at, threshold)
+        assert (value, slope, moves_entropy) == PENALTIES[number](at, threshold)
+        kept = row.float64.split_sign(row.float64.sign_entropy(entropy, slope))
+        assert kept == ((entropy, slope) if slope else (0, 0))
+
+
+def test_penalties_hand_on_nan():
+    assert row.penalty_count == len(PENALTIES)
+    for number in range(row.penalty_count):
+        value, slope, _ = row.float64.penalty(number, math.nan, 1.0)
+        assert math.isnan(value) and math.isnan(slope)
+    assert math.isnan(row.float64.penalty(row.penalty_count, 1.0, 1.0)[0])
+
+
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.floats(0, 1))
 def test_mix_is_the_formula(own, other, lam):
     assert row.float64.mix(own, other, lam) == pytest.approx(lam * own + (1 - lam) * other, rel=1e-12, abs=1e-9)

@@ -93,7 +93,7 @@ LossShape<T> check_loss_shape(
   const int64_t rows = logits.size(0);
   require(num_mixed >= 0 && num_mixed <= rows, "num_mixed must be in [0, ", rows, "], got ", num_mixed);
   require(num_reg >= 0 && num_reg <= rows, "num_reg must be in [0, ", rows, "], got ", num_reg);
-  require(penalty >= 0 && penalty <= 2, "penalty must be 0, 1 or 2, got ", penalty);
+  require(penalty >= 0 && penalty < penalty_count, "penalty must be in [0, ", penalty_count - 1, "], got ", penalty);
   return {rows, num_mixed, num_reg, static_cast<int>(penalty), static_cast<T>(threshold)};
 }
 

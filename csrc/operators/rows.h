@@ -32,7 +32,7 @@ struct Targets {
 template <typename T>
 struct LossShape {
   int64_t rows = 0, num_mixed = 0, num_reg = 0;
-  int penalty = penalty_abs;
+  int penalty = 0;
   T threshold = 0;
 
   // Whether a row with this share of kept labels carries R.
@@ -73,11 +73,12 @@ MIXUPE_FN T write_row(const Forward<L>& job, int64_t row, const Labels<T>& l, co
   const LossShape<T>& shape = job.shape;
   const T q = q_hat(r.ce, r.entropy, r.lse, q_hat_mass(job.targets, job.sigmoid, r.mass));
   const bool regularized = shape.regularizes(row, l.kept);
-  const T slope = regularized ? penalty_slope(q, shape.penalty, shape.threshold) : T(0);
-  job.value[row] = regularized ? penalty_value(q, shape.penalty, shape.threshold) : T(0);
-  job.entropy[row] = sign_entropy(r.entropy, slope);
+  Penalty<T> penalty{};
+  if (regularized) penalty = penalty_of(shape.penalty, q, shape.threshold);
+  job.value[row] = penalty.value;
+  job.entropy[row] = sign_entropy(r.entropy, penalty.slope);
   if (job.kept) job.kept[row] = l.kept;
-  return slope;
+  return penalty.slope;
 }
 
 // The whole loss of those rows.
@@ -107,7 +108,7 @@ struct Backward {
   const T* grad = nullptr;
   Vector<T> parts = {};
   int64_t num_mixed = 0;
-  int penalty = penalty_abs;
+  int penalty = 0;
 };
 
 // A row's upstream gradients, and the level of its own (see RowGradient).
