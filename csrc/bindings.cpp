@@ -1,12 +1,16 @@
-// mixupe_kernels._build: what was built, for `doctor`, and the functions of row.h, for the property tests.
+// mixupe_kernels._build: what was built, for `doctor`, and row.h and the orders of bfloat16 rows, for tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "cpu/bfloat16.h"
 #include "cpu/simd.h"
 #include "row.h"
 
@@ -87,6 +91,54 @@ void bind(py::module_ module) {
   module.def("mix", [](T own, T other, T lam) { return mix(own, other, lam); });
 }
 
+// A bfloat16 row as the loss with its gradient works on it, in one order or the other: (max, the values of its block, sorted,
+// the bits of its gradient).
+template <typename Rows>
+std::tuple<float, std::vector<float>, std::vector<uint16_t>> bfloat16_row(
+    const std::vector<uint16_t>& bits, const std::vector<int64_t>& columns, float subtrahend, float factor) {
+  const auto n = static_cast<int64_t>(bits.size());
+  std::vector<BFloat16> z(n), out(n);
+  for (int64_t i = 0; i < n; ++i) z[i] = {bits[i]};
+  std::vector<float> block(Rows::span(n)), kept(Rows::kept_length(n));
+  const float max = Rows::load(z.data(), n, block.data());
+  // With e = z, level 1 and slope 0 what is kept is z itself: no rounding, so that the orders are the same bits.
+  Rows::keep(block.data(), block.data(), static_cast<int>(n), {0, 1, 0, 0}, kept.data(), out.data());
+  for (const int64_t column : columns) Rows::subtract(column, subtrahend, kept.data(), out.data());
+  Rows::scale(kept.data(), 1, n, factor, out.data());
+  std::vector<uint16_t> gradient(n);
+  for (int64_t i = 0; i < n; ++i) gradient[i] = out[i].bits;
+  std::sort(block.begin(), block.end());
+  return {max, block, gradient};
+}
+
+// A bfloat16 row's softmax gradient, element by element or in halves.
+std::vector<uint16_t> bfloat16_gradient(
+    bool halves, const std::vector<uint16_t>& bits, std::pair<int64_t, int64_t> columns, std::vector<float> numbers) {
+  const auto n = static_cast<int64_t>(bits.size());
+  const Labels<float> l{columns.first, columns.second, numbers[0], numbers[1], 0, 1};
+  const SoftmaxGradient<float> g{numbers[2], numbers[3], numbers[4], numbers[5]};
+  std::vector<BFloat16> z(n);
+  for (int64_t i = 0; i < n; ++i) z[i] = {bits[i]};
+  if (halves) {
+    InHalves::gradient(z.data(), n, l, g, z.data());
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const float y = (i == l.own ? l.own_weight : 0) + (i == l.partner ? l.partner_weight : 0);
+      z[i] = narrow<BFloat16>(softmax_gradient(widen(z[i]), g.lse, g.level, g.slope) - g.ce * y);
+    }
+  }
+  std::vector<uint16_t> gradient(n);
+  for (int64_t i = 0; i < n; ++i) gradient[i] = z[i].bits;
+  return gradient;
+}
+
+void bind_bfloat16(py::module_ module) {
+  module.def("row_in_order", &bfloat16_row<InOrder<BFloat16>>);
+  module.def("row_in_halves", &bfloat16_row<InHalves>);
+  module.def("gradient", &bfloat16_gradient);
+  module.attr("shortest_in_halves") = shortest_in_halves;
+}
+
 }  // namespace
 }  // namespace mixupe
 
@@ -96,4 +148,5 @@ PYBIND11_MODULE(_build, module) {
   module.attr("penalty_count") = mixupe::penalty_count;
   mixupe::bind<float>(module.def_submodule("float32"));
   mixupe::bind<double>(module.def_submodule("float64"));
+  mixupe::bind_bfloat16(module.def_submodule("bfloat16"));
 }

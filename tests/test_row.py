@@ -1,4 +1,5 @@
-"""csrc/row.h, called through the bindings, against float64 formulas: any split of a row, any logit."""
+"""csrc/row.h, called through the bindings, against float64 formulas: any split of a row, any logit. bfloat16 rows in halves
+against the same in order."""
 
 import math
 
@@ -145,3 +146,42 @@ def test_penalties_hand_on_nan():
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.floats(0, 1))
 def test_mix_is_the_formula(own, other, lam):
     assert row.float64.mix(own, other, lam) == pytest.approx(lam * own + (1 - lam) * other, rel=1e-12, abs=1e-9)
+
+
+def bfloat16_bits(values):
+    """Upper halves of float32: the values rounded down to bfloat16."""
+    return (np.asarray(values, dtype=np.float32).view(np.uint32) >> 16).tolist()
+
+
+def bfloat16_values(bits):
+    return (np.asarray(bits, dtype=np.uint32) << 16).view(np.float32)
+
+
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=300, deadline=None)
+def test_halves_of_bfloat16_rows_are_their_order(n, seed, data):
+    bits = bfloat16_bits(np.random.default_rng(seed).normal(0, 4, n))
+    columns = data.draw(st.lists(st.integers(0, n - 1), max_size=2))
+    # The rounding instruction takes subnormal numbers for 0: none here.
+    factor = data.draw(st.floats(2**-10, 2**10, width=32))
+    arguments = (bits, columns, data.draw(st.floats(-8, 8, width=32, allow_subnormal=False)), factor)
+    in_order, in_halves = row.bfloat16.row_in_order(*arguments), row.bfloat16.row_in_halves(*arguments)
+    assert in_halves[0] == in_order[0] == bfloat16_values(bits).max()
+    # Blocks are padded with -inf, halves with more of it.
+    assert [v for v in in_halves[1] if v > -math.inf] == [v for v in in_order[1] if v > -math.inf]
+    assert in_halves[2] == in_order[2]
+
+
+@given(st.integers(row.bfloat16.shortest_in_halves, 400), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=300, deadline=None)
+def test_gradients_in_halves_are_those_in_order(n, seed, data):
+    z = bfloat16_values(bfloat16_bits(np.random.default_rng(seed).normal(0, 4, n)))
+    columns = (data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1)))
+    small = st.floats(-2, 2, width=32)
+    numbers = [data.draw(st.floats(0, 1, width=32)) for _ in range(2)]
+    numbers += [float(np.logaddexp.reduce(z))] + [data.draw(small) for _ in range(3)]
+    in_order, in_halves = (
+        bfloat16_values(row.bfloat16.gradient(halves, bfloat16_bits(z), columns, numbers)) for halves in (False, True)
+    )
+    # Half an ulp of bfloat16 each, since products and sums may be rounded once or twice in float32.
+    np.testing.assert_allclose(in_halves, in_order, rtol=2**-7, atol=1e-6)

@@ -89,10 +89,7 @@ template <typename L, typename T>
 void scale_gradient(const WaitingGradient<L>& gradient, T factor, int64_t classes, int64_t rows) {
   parallel_rows(rows, classes, [=](int64_t begin, int64_t end) {
     const auto [out, kept] = gradient.from_row(begin, classes);
-    if constexpr (std::is_same_v<L, BFloat16>)
-      bfloat16_rows().scale(kept, end - begin, classes, factor, out);
-    else
-      scale_values(kept, (end - begin) * classes, factor, out);
+    Order<L>::scale(kept, end - begin, classes, factor, out);
   });
 }
 
@@ -104,7 +101,7 @@ constexpr int64_t cached_gradient = 8 << 20, most_kept = 4 << 20;
 template <typename L, typename T>
 WaitingGradient<L> waiting_gradient(const Targets<T>& targets, bool sigmoid, const Tensor& out) {
   constexpr bool apart = !std::is_same_v<L, T>;
-  const int64_t size = out.size(0) * kept_length<L>(targets.classes), bytes = size * int64_t(sizeof(T));
+  const int64_t size = out.size(0) * Order<L>::kept_length(targets.classes), bytes = size * int64_t(sizeof(T));
   if (sigmoid || targets.everywhere() || targets.classes > block_size) return {};
   if (bytes > (apart ? most_kept : cached_gradient)) return {};
   if constexpr (apart) {

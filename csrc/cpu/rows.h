@@ -36,7 +36,7 @@ MIXUPE_SIMD Stats<T> softmax_block(const L* z, int64_t n, T* block) {
 // The same with the block in whatever order is quickest.
 template <typename L, typename T>
 MIXUPE_SIMD Stats<T> softmax_sums_block(const L* z, int64_t n, T* block) {
-  return softmax_sums(load_halves(z, n, block), span<L>(n), block);
+  return softmax_sums(Order<L>::load(z, n, block), Order<L>::span(n), block);
 }
 
 // The targets of a block of columns, padded with 0; returns Σy.
@@ -175,7 +175,7 @@ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int6
   return {T(ce), T(entropy), T(softplus), T(0)};
 }
 
-// A gradient that is made before its factor is known: numbers in the accumulation dtype, kept_length a row, which may be `out`
+// A gradient that is made before its factor is known: numbers in the accumulation dtype, Order::kept_length a row, which may be `out`
 // itself, and of bfloat16 some in `out` besides.
 template <typename L>
 struct WaitingGradient {
@@ -183,7 +183,7 @@ struct WaitingGradient {
   Accumulate<L>* kept = nullptr;
 
   explicit operator bool() const { return out; }
-  WaitingGradient from_row(int64_t row, int64_t n) const { return {out + row * n, kept + row * kept_length<L>(n)}; }
+  WaitingGradient from_row(int64_t row, int64_t n) const { return {out + row * n, kept + row * Order<L>::kept_length(n)}; }
 };
 
 // The loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is in η̂,
@@ -203,30 +203,11 @@ void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* 
 
 template <typename L, typename T>
 MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* exponentials) {
-  const T max = load_halves(z, n, block), shift = finite_shift(max);
+  const T max = Order<L>::load(z, n, block), shift = finite_shift(max);
   T sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < span<L>(n); ++i) exponentials[i] = add_logit(block[i], shift, sum, weighted);
+  for (int64_t i = 0; i < Order<L>::span(n); ++i) exponentials[i] = add_logit(block[i], shift, sum, weighted);
   return {max, sum, weighted};
-}
-
-// softmax_gradient, but for the labels, with e^{z-m} for p: level and slope are divided by their sum.
-template <typename L, typename T>
-MIXUPE_SIMD void gradient_of_exponentials(
-    const T* e, const T* z, int n, const SoftmaxGradient<T>& gradient, T* kept, L* out) {
-  const SoftmaxGradient<T> g = gradient;
-  const int length = static_cast<int>(kept_length<L>(n)), end = static_cast<int>(padded(length));
-#pragma omp simd
-  for (int i = 0; i < end; ++i)
-    if (i < length) kept[i] = probability_gradient(e[i], z[i] - g.lse, g.level, g.slope);
-  if constexpr (std::is_same_v<L, BFloat16>) {
-    // In a loop of their own: one loop for both took 1.6 times as long.
-    const int words = n / 2;
-    e += end, z += end;
-#pragma omp simd
-    for (int i = 0; i < end; ++i)
-      if (i < words) set_word(out, i, bits_of(probability_gradient(e[i], z[i] - g.lse, g.level, g.slope)));
-  }
 }
 
 template <typename L, typename T>
@@ -244,9 +225,9 @@ void loss_and_gradient_row(
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
   const SoftmaxGradient<T> of_sum{
       short_nan(r.lse), short_nan(level / sums.sum), short_nan(g.entropy / sums.sum), g.ce};
-  gradient_of_exponentials(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);
-  subtract_from_kept(l.own, g.ce * l.own_weight, kept, out);
-  subtract_from_kept(l.partner, g.ce * l.partner_weight, kept, out);
+  Order<L>::keep(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);
+  Order<L>::subtract(l.own, g.ce * l.own_weight, kept, out);
+  Order<L>::subtract(l.partner, g.ce * l.partner_weight, kept, out);
 }
 
 template <typename L>
@@ -264,13 +245,6 @@ void forward_rows(const Forward<L>& job, const OnePass<L>& one_pass, int64_t beg
                                      : softmax_row(z, job.targets, l, row, block);
     write_row(job, row, l, r);
   }
-}
-
-// `out` may be `values`.
-template <typename L, typename T>
-MIXUPE_SIMD void scale_values(const T* values, int64_t n, T factor, L* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(values[i] * factor);
 }
 
 // Σy of a row; dense targets take a pass of their own, since every column's gradient needs it.
@@ -297,7 +271,7 @@ void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64
     L* out = job.out + row * job.out_stride;
     if constexpr (std::is_same_v<L, BFloat16>) {
       if (!everywhere && t.classes >= shortest_in_halves) {
-        bfloat16_rows().gradient(z, t.classes, l, {lse, level, g.entropy, g.ce}, out);
+        InHalves::gradient(z, t.classes, l, {lse, level, g.entropy, g.ce}, out);
         continue;
       }
     }
