@@ -67,22 +67,31 @@ void bind(py::module_ module) {
   module.def("merge", [](Triple<T> a, Triple<T> b) { return to_triple(merge(of_triple(a), of_triple(b))); });
   module.def("log_sum", [](Triple<T> s) { return log_sum(of_triple(s)); });
   module.def("entropy", [](Triple<T> s) { return entropy(of_triple(s), log_sum(of_triple(s))); });
-  module.def("softmax_gradient", [](T z, T lse, T mass, T entropy, Triple<T> g) {
-    const RowGradient<T> gradient{std::get<0>(g), std::get<1>(g), std::get<2>(g)};
-    return softmax_gradient(z, lse, gradient_level(gradient, mass, entropy), gradient.entropy);
-  }, "p_k [g_ce·mass + g_lse - g_H (log p_k + H)]: the gradient but for the label's own term");
+  module.def(
+      "softmax_gradient",
+      [](T z, T lse, T mass, T entropy, Triple<T> g) {
+        const RowGradient<T> gradient{std::get<0>(g), std::get<1>(g), std::get<2>(g)};
+        return softmax_gradient(z, lse, gradient_level(gradient, mass, entropy), gradient.entropy);
+      },
+      "p_k [g_ce·mass + g_lse - g_H (log p_k + H)]: the gradient but for the label's own term");
   module.def("sigmoid_gradient", [](T z, T y, Triple<T> g) {
     return sigmoid_gradient(z, y, RowGradient<T>{std::get<0>(g), std::get<1>(g), std::get<2>(g)});
   });
-  module.def("sigmoid_terms", [](T z) {
-    T softplus = 0, entropy = 0;
-    add_sigmoid_logit(z, softplus, entropy);
-    return std::make_tuple(softplus, entropy);
-  }, "(softplus(z), entropy of a Bernoulli with logit z)");
-  module.def("penalty", [](int number, T q, T threshold) {
-    const Penalty<T> penalty = penalty_of(number, q, threshold);
-    return std::make_tuple(penalty.value, penalty.slope, penalty.moves_entropy);
-  }, "(value, slope, whether H moves it) of a penalty of q");
+  module.def(
+      "sigmoid_terms",
+      [](T z) {
+        T softplus = 0, entropy = 0;
+        add_sigmoid_logit(z, softplus, entropy);
+        return std::make_tuple(softplus, entropy);
+      },
+      "(softplus(z), entropy of a Bernoulli with logit z)");
+  module.def(
+      "penalty",
+      [](int number, T q, T threshold) {
+        const Penalty<T> penalty = penalty_of(number, q, threshold);
+        return std::make_tuple(penalty.value, penalty.slope, penalty.moves_entropy);
+      },
+      "(value, slope, whether H moves it) of a penalty of q");
   module.def("sign_entropy", [](T entropy, T slope) { return sign_entropy(entropy, slope); });
   module.def("split_sign", [](T signed_entropy) {
     const SignedEntropy<T> h = split_sign(signed_entropy);
@@ -94,8 +103,9 @@ void bind(py::module_ module) {
 // A bfloat16 row as the loss with its gradient works on it, in one order or the other: (max, the values of its block, sorted,
 // the bits of its gradient).
 template <typename Rows>
-std::tuple<float, std::vector<float>, std::vector<uint16_t>> bfloat16_row(
-    const std::vector<uint16_t>& bits, const std::vector<int64_t>& columns, float subtrahend, float factor) {
+std::tuple<float, std::vector<float>, std::vector<uint16_t>> bfloat16_row(const std::vector<uint16_t>& bits,
+                                                                          const std::vector<int64_t>& columns,
+                                                                          float subtrahend, float factor) {
   const auto n = static_cast<int64_t>(bits.size());
   std::vector<BFloat16> z(n), out(n);
   for (int64_t i = 0; i < n; ++i) z[i] = {bits[i]};
@@ -112,8 +122,8 @@ std::tuple<float, std::vector<float>, std::vector<uint16_t>> bfloat16_row(
 }
 
 // A bfloat16 row's softmax gradient, element by element or in halves.
-std::vector<uint16_t> bfloat16_gradient(
-    bool halves, const std::vector<uint16_t>& bits, std::pair<int64_t, int64_t> columns, std::vector<float> numbers) {
+std::vector<uint16_t> bfloat16_gradient(bool halves, const std::vector<uint16_t>& bits,
+                                        std::pair<int64_t, int64_t> columns, std::vector<float> numbers) {
   const auto n = static_cast<int64_t>(bits.size());
   const Labels<float> l{columns.first, columns.second, numbers[0], numbers[1], 0, 1};
   const SoftmaxGradient<float> g{numbers[2], numbers[3], numbers[4], numbers[5]};

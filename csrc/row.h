@@ -182,14 +182,16 @@ struct Labels {
 };
 
 template <typename T>
-MIXUPE_FN Labels<T> labels(
-    long long own, long long partner, T lam, long long ignore_index, T label_smoothing, long long classes) {
+MIXUPE_FN Labels<T> labels(long long own, long long partner, T lam, long long ignore_index, T label_smoothing,
+                           long long classes) {
   const bool keep_own = own != ignore_index, keep_partner = partner != ignore_index;
   const T kept = keep_own && keep_partner ? T(1) : (keep_own ? lam : T(0)) + (keep_partner ? T(1) - lam : T(0));
-  return {
-      keep_own ? own : 0, keep_partner ? partner : 0,
-      keep_own ? lam * (T(1) - label_smoothing) : T(0), keep_partner ? (T(1) - lam) * (T(1) - label_smoothing) : T(0),
-      kept * label_smoothing / T(classes), kept};
+  return {keep_own ? own : 0,
+          keep_partner ? partner : 0,
+          keep_own ? lam * (T(1) - label_smoothing) : T(0),
+          keep_partner ? (T(1) - lam) * (T(1) - label_smoothing) : T(0),
+          kept * label_smoothing / T(classes),
+          kept};
 }
 
 // The loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
@@ -208,10 +210,10 @@ template <typename T>
 MIXUPE_FN Penalty<T> penalty_of(int number, T q, T threshold) {
   if (q != q) return {q, q, true};
   switch (number) {
-    case 0: return {q < T(0) ? -q : q, T(q > T(0)) - T(q < T(0)), true};                // abs
-    case 1: return {q < threshold ? -q : T(0), q < threshold ? T(-1) : T(0), true};     // threshold
-    case 2: return {-q, T(-1), false};                                                  // linear_detached
-    default: return {T(NAN), T(NAN), true};                                             // refused by the operators
+    case 0: return {q < T(0) ? -q : q, T(q > T(0)) - T(q < T(0)), true};             // abs
+    case 1: return {q < threshold ? -q : T(0), q < threshold ? T(-1) : T(0), true};  // threshold
+    case 2: return {-q, T(-1), false};                                               // linear_detached
+    default: return {T(NAN), T(NAN), true};                                          // refused by the operators
   }
 }
 

@@ -72,10 +72,10 @@ struct RoundAsIntegers {
 
 #ifdef MIXUPE_SIMD_BFLOAT16
 struct RoundByInstruction {
-  MIXUPE_SIMD_BFLOAT16 static inline void words(
-      const float* first, const BFloat16* second, int64_t count, float factor, BFloat16* out) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  MIXUPE_SIMD_BFLOAT16 static inline void words(const float* first, const BFloat16* second, int64_t count, float factor,
+                                                BFloat16* out) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512 factors = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < count; i += lanes) {
       const __mmask16 some = count - i < lanes ? static_cast<__mmask16>((1u << (count - i)) - 1) : 0xffff;
@@ -93,12 +93,12 @@ constexpr int64_t shortest_in_halves = 2 * lanes;
 // For rows of shortest_in_halves or more; `out` may be the logits. A few words at a time go from widening to rounding without
 // a pass over the row for each: 0.88 of the time, 0.74 with the instruction.
 template <typename Round>
-MIXUPE_FN void gradient_in_halves(
-    const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient<float>& gradient, BFloat16* out) {
+MIXUPE_FN void gradient_in_halves(const BFloat16* z, int64_t classes, const Labels<float>& l,
+                                  const SoftmaxGradient<float>& gradient, BFloat16* out) {
   constexpr int64_t most = 4 * lanes;
   alignas(64) float dz[2 * most];
-  const SoftmaxGradient<float> g{
-      short_nan(gradient.lse), short_nan(gradient.level), short_nan(gradient.slope), gradient.ce};
+  const SoftmaxGradient<float> g{short_nan(gradient.lse), short_nan(gradient.level), short_nan(gradient.slope),
+                                 gradient.ce};
   const auto step = [&](auto count, const BFloat16* from, int64_t start) __attribute__((always_inline)) {
     constexpr int words = count.value;
 #pragma omp simd
@@ -136,24 +136,23 @@ MIXUPE_FN void scale_halves(const float* kept, int64_t rows, int64_t n, float fa
   }
 }
 
-MIXUPE_SIMD void gradient_rounded_as_integers(
-    const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient<float>& g, BFloat16* out) {
+MIXUPE_SIMD void gradient_rounded_as_integers(const BFloat16* z, int64_t classes, const Labels<float>& l,
+                                              const SoftmaxGradient<float>& g, BFloat16* out) {
   gradient_in_halves<RoundAsIntegers>(z, classes, l, g, out);
 }
 
-MIXUPE_SIMD void scale_rounded_as_integers(
-    const float* kept, int64_t rows, int64_t n, float factor, BFloat16* out) {
+MIXUPE_SIMD void scale_rounded_as_integers(const float* kept, int64_t rows, int64_t n, float factor, BFloat16* out) {
   scale_halves<RoundAsIntegers>(kept, rows, n, factor, out);
 }
 
 #ifdef MIXUPE_SIMD_BFLOAT16
-MIXUPE_SIMD_BFLOAT16 void gradient_rounded_by_instruction(
-    const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient<float>& g, BFloat16* out) {
+MIXUPE_SIMD_BFLOAT16 void gradient_rounded_by_instruction(const BFloat16* z, int64_t classes, const Labels<float>& l,
+                                                          const SoftmaxGradient<float>& g, BFloat16* out) {
   gradient_in_halves<RoundByInstruction>(z, classes, l, g, out);
 }
 
-MIXUPE_SIMD_BFLOAT16 void scale_rounded_by_instruction(
-    const float* kept, int64_t rows, int64_t n, float factor, BFloat16* out) {
+MIXUPE_SIMD_BFLOAT16 void scale_rounded_by_instruction(const float* kept, int64_t rows, int64_t n, float factor,
+                                                       BFloat16* out) {
   scale_halves<RoundByInstruction>(kept, rows, n, factor, out);
 }
 
@@ -182,8 +181,8 @@ const Bfloat16Rows& bfloat16_rows() {
 }
 
 // The seconds' part of keep_gradient, as bits in the places of their words.
-MIXUPE_SIMD void keep_second_gradients(
-    const float* e, const float* z, int words, const SoftmaxGradient<float>& gradient, BFloat16* out) {
+MIXUPE_SIMD void keep_second_gradients(const float* e, const float* z, int words,
+                                       const SoftmaxGradient<float>& gradient, BFloat16* out) {
   const SoftmaxGradient<float> g = gradient;
   const int end = static_cast<int>(padded(words));
 #pragma omp simd
@@ -201,8 +200,7 @@ struct InHalves {
   MIXUPE_FN static float load(const BFloat16* z, int64_t n, float* block) { return load_halves(z, n, block); }
 
   // In two loops: one for both took 1.6 times as long.
-  static void keep(
-      const float* e, const float* z, int n, const SoftmaxGradient<float>& g, float* kept, BFloat16* out) {
+  static void keep(const float* e, const float* z, int n, const SoftmaxGradient<float>& g, float* kept, BFloat16* out) {
     keep_gradient(e, z, static_cast<int>(kept_length(n)), g, kept);
     keep_second_gradients(e + half_span(n), z + half_span(n), n / 2, g, out);
   }
@@ -220,8 +218,8 @@ struct InHalves {
   }
 
   // A row's whole gradient, for rows of shortest_in_halves or more; `out` may be the logits.
-  static void gradient(
-      const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient<float>& g, BFloat16* out) {
+  static void gradient(const BFloat16* z, int64_t classes, const Labels<float>& l, const SoftmaxGradient<float>& g,
+                       BFloat16* out) {
     bfloat16_rows().gradient(z, classes, l, g, out);
   }
 };

@@ -183,7 +183,9 @@ struct WaitingGradient {
   Accumulate<L>* kept = nullptr;
 
   explicit operator bool() const { return out; }
-  WaitingGradient from_row(int64_t row, int64_t n) const { return {out + row * n, kept + row * Order<L>::kept_length(n)}; }
+  WaitingGradient from_row(int64_t row, int64_t n) const {
+    return {out + row * n, kept + row * Order<L>::kept_length(n)};
+  }
 };
 
 // The loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is in η̂,
@@ -211,8 +213,8 @@ MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* expo
 }
 
 template <typename L, typename T>
-void loss_and_gradient_row(
-    const Forward<L>& job, const OnePass<L>& one_pass, int64_t row, const L* z, const Labels<T>& l, Block<T>& block) {
+void loss_and_gradient_row(const Forward<L>& job, const OnePass<L>& one_pass, int64_t row, const L* z,
+                           const Labels<T>& l, Block<T>& block) {
   const int64_t n = job.targets.classes;
   const auto [out, kept] = one_pass.gradient.from_row(row, n);
   T* const exponentials = block.y;
@@ -223,8 +225,7 @@ void loss_and_gradient_row(
   const RowGradient<T> g =
       loss_gradient(row < job.shape.num_mixed ? one_pass.mix : T(0), one_pass.reg, slope, T(1), job.shape.penalty);
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
-  const SoftmaxGradient<T> of_sum{
-      short_nan(r.lse), short_nan(level / sums.sum), short_nan(g.entropy / sums.sum), g.ce};
+  const SoftmaxGradient<T> of_sum{short_nan(r.lse), short_nan(level / sums.sum), short_nan(g.entropy / sums.sum), g.ce};
   Order<L>::keep(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);
   Order<L>::subtract(l.own, g.ce * l.own_weight, kept, out);
   Order<L>::subtract(l.partner, g.ce * l.partner_weight, kept, out);
@@ -241,8 +242,8 @@ void forward_rows(const Forward<L>& job, const OnePass<L>& one_pass, int64_t beg
       loss_and_gradient_row(job, one_pass, row, z, l, block);
       continue;
     }
-    const RowLoss<T> r = job.sigmoid ? sigmoid_row(z, job.targets, l, row, block)
-                                     : softmax_row(z, job.targets, l, row, block);
+    const RowLoss<T> r =
+        job.sigmoid ? sigmoid_row(z, job.targets, l, row, block) : softmax_row(z, job.targets, l, row, block);
     write_row(job, row, l, r);
   }
 }

@@ -29,8 +29,7 @@ template <typename In>
 void run_gather(const GatherRows<In>& job, const Tensor&) {
   check_rows("index", job.index, job.terms, job.sources);
   require(job.offsets[0] == 0 && job.offsets[job.rows] == job.terms, "offsets must go from 0 to ", job.terms);
-  for (int64_t row = 0; row < job.rows; ++row)
-    require(job.offsets[row] <= job.offsets[row + 1], "offsets must ascend");
+  for (int64_t row = 0; row < job.rows; ++row) require(job.offsets[row] <= job.offsets[row + 1], "offsets must ascend");
   if (job.sample == 0) return;
   const Tiling tiling(job.sample, job.rows, sizeof(In));
   tiling.parallel([&](int64_t begin, int64_t end) { gather_rows(job, tiling, begin, end); });

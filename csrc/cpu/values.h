@@ -11,8 +11,8 @@ inline void check_rows(const char* name, const Vector<int64_t>& rows, int64_t co
     if (rows[i] < 0 || rows[i] >= batch) fail(name, " must be in [0, ", batch - 1, "], got ", rows[i]);
 }
 
-inline void check_labels(
-    const char* name, const Vector<int64_t>& labels, int64_t rows, int64_t classes, int64_t ignore_index) {
+inline void check_labels(const char* name, const Vector<int64_t>& labels, int64_t rows, int64_t classes,
+                         int64_t ignore_index) {
   for (int64_t i = 0; labels && i < rows; ++i)
     if ((labels[i] < 0 || labels[i] >= classes) && labels[i] != ignore_index)
       fail(name, " must be a class in [0, ", classes - 1, "], got ", labels[i]);

@@ -13,9 +13,7 @@ void check_values(const Targets<T>&, int64_t) {}  // the kernels assert: see che
 // Calls f with the team for rows of the targets' length and, as a constant, whether they are sigmoid rows.
 template <typename T, typename F>
 void with_variant(const Targets<T>& targets, bool sigmoid, const F& f) {
-  with_team(targets.classes, [&](auto team) {
-    sigmoid ? f(team, std::true_type{}) : f(team, std::false_type{});
-  });
+  with_team(targets.classes, [&](auto team) { sigmoid ? f(team, std::true_type{}) : f(team, std::false_type{}); });
 }
 
 template <typename L>

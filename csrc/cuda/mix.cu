@@ -37,8 +37,8 @@ __device__ __forceinline__ unsigned inside(const Box& box, int64_t k) {
 
 // A weight of 1 or 0 copies exactly, whatever the other sample holds; it is 0 where `cut` has a bit.
 template <int count, typename T>
-__device__ __forceinline__ void blend(
-    const T (&own)[count], const T (&other)[count], T lam, unsigned cut, T (&out)[count]) {
+__device__ __forceinline__ void blend(const T (&own)[count], const T (&other)[count], T lam, unsigned cut,
+                                      T (&out)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const T weight = cut >> i & 1 ? T(0) : lam;

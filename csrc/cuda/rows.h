@@ -22,8 +22,8 @@ __device__ __forceinline__ Labels<T> checked_labels(const Targets<T>& t, int64_t
 
 // The targets of columns k, ..., k + count - 1.
 template <int count, typename T>
-__device__ __forceinline__ void load_targets(
-    const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t k, T (&y)[count]) {
+__device__ __forceinline__ void load_targets(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t k,
+                                             T (&y)[count]) {
   if (t.dense) {
     load(t.dense + row * t.dense_stride + k, y);
     const T kept = T(1) - t.label_smoothing, uniform = t.label_smoothing / T(t.classes);
@@ -111,9 +111,9 @@ __device__ RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<
   sums = Team::reduce(sums, [](const RowSums<T>& a, const RowSums<T>& b) { return join(a, b); });
   const T log_total = log_sum(sums.stats), max = sums.stats.max;
   // From shifted logits: lse - z_y would lose the digits of a shift that all logits share.
-  const T ce = everywhere ? weigh(sums.mass, log_total) - sums.dot
-                          : weigh(l.own_weight, log_total - (own - max)) +
-                                weigh(l.partner_weight, log_total - (partner - max));
+  const T ce =
+      everywhere ? weigh(sums.mass, log_total) - sums.dot
+                 : weigh(l.own_weight, log_total - (own - max)) + weigh(l.partner_weight, log_total - (partner - max));
   return {ce, entropy(sums.stats, log_total), max + log_total, sums.mass};
 }
 

@@ -78,9 +78,8 @@ struct Output {
 template <int pack>
 __device__ Span span_of_output(const Output& out, int64_t row, int64_t size) {
   Span span{};
-  with_dtype(out.dtype, out.at(row, 0), [&](auto* p) {
-    span = span_of<std::remove_pointer_t<decltype(p)>, pack>(p, size);
-  });
+  with_dtype(out.dtype, out.at(row, 0),
+             [&](auto* p) { span = span_of<std::remove_pointer_t<decltype(p)>, pack>(p, size); });
   return span;
 }
 

@@ -148,7 +148,8 @@ inline void require_float(const char* name, ScalarType dtype) {
 }
 
 inline void require_mixable(const char* name, ScalarType dtype) {
-  if (!is_mixable(dtype)) fail(name, " must have dtype float32, float64, bfloat16, float16, uint8, got ", name_of(dtype));
+  if (!is_mixable(dtype))
+    fail(name, " must have dtype float32, float64, bfloat16, float16, uint8, got ", name_of(dtype));
 }
 
 inline void require_device(const char* name, const Tensor& tensor, const Beside& beside) {
@@ -179,7 +180,9 @@ struct Vector {
 
 template <typename T>
 constexpr ScalarType dtype_of() {
-  return std::is_same_v<T, double> ? ScalarType::Double : std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long;
+  return std::is_same_v<T, double>  ? ScalarType::Double
+         : std::is_same_v<T, float> ? ScalarType::Float
+                                    : ScalarType::Long;
 }
 
 template <typename T>
@@ -225,20 +228,21 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 inline void prefer_huge_pages(const Tensor& tensor) {
 #ifdef __linux__
   constexpr uintptr_t page = 2 << 20;
-  const auto start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), bytes = tensor.numel() * tensor.element_size();
+  const auto start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()),
+             bytes = tensor.numel() * tensor.element_size();
   const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
   if (bytes >= 2 * page && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
-inline Tensor allocate(
-    const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+inline Tensor allocate(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes,
+                       const std::vector<int64_t>& strides) {
   using torch::stable::detail::from, torch::stable::detail::to;
   AtenTensorHandle handle;
   const int32_t device_type = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)), device_type,
-      like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  to<int32_t>(from(dtype)), device_type, like.get_device_index(),
+                                                  &handle));
   const Tensor tensor(handle);
   if (!like.is_cuda()) prefer_huge_pages(tensor);
   return tensor;

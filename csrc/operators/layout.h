@@ -77,7 +77,8 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
 }
 
 inline bool same_memory(const Tensor& a, const Tensor& b) {
-  if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type() || a.dim() != b.dim()) return false;
+  if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type() || a.dim() != b.dim())
+    return false;
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
   return true;

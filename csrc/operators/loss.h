@@ -82,14 +82,13 @@ Targets<T> check_targets(TargetTensors& given, const Tensor& logits) {
 // Calls f with a value of the logits' C++ type and the targets, checked.
 template <typename F>
 void with_targets(const Tensor& logits, TargetTensors given, const F& f) {
-  with_float_type(logits.scalar_type(), [&](auto type) {
-    f(type, check_targets<Accumulate<decltype(type)>>(given, logits));
-  });
+  with_float_type(logits.scalar_type(),
+                  [&](auto type) { f(type, check_targets<Accumulate<decltype(type)>>(given, logits)); });
 }
 
 template <typename T>
-LossShape<T> check_loss_shape(
-    const Tensor& logits, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold) {
+LossShape<T> check_loss_shape(const Tensor& logits, int64_t num_mixed, int64_t num_reg, int64_t penalty,
+                              double threshold) {
   const int64_t rows = logits.size(0);
   require(num_mixed >= 0 && num_mixed <= rows, "num_mixed must be in [0, ", rows, "], got ", num_mixed);
   require(num_reg >= 0 && num_reg <= rows, "num_reg must be in [0, ", rows, "], got ", num_reg);
@@ -114,16 +113,14 @@ inline GradientOutput check_gradient_output(const Tensor& logits, const Tensor& 
 }
 
 template <typename L, typename T>
-Forward<L> forward_job(
-    const Tensor& logits, const Targets<T>& targets, bool sigmoid, const LossShape<T>& shape, T* ce, T* entropy,
-    T* lse) {
+Forward<L> forward_job(const Tensor& logits, const Targets<T>& targets, bool sigmoid, const LossShape<T>& shape, T* ce,
+                       T* entropy, T* lse) {
   return {static_cast<const L*>(logits.const_data_ptr()), logits.stride(0), targets, sigmoid, shape, ce, entropy, lse};
 }
 
 template <typename L, typename T>
-Backward<L> backward_job(
-    const Tensor& logits, const Tensor& out, const Targets<T>& targets, bool sigmoid, Vector<T> entropy,
-    Vector<T> lse) {
+Backward<L> backward_job(const Tensor& logits, const Tensor& out, const Targets<T>& targets, bool sigmoid,
+                         Vector<T> entropy, Vector<T> lse) {
   return {static_cast<const L*>(logits.const_data_ptr()),
           logits.stride(0),
           data<L>(out),
@@ -139,15 +136,8 @@ Backward<L> backward_job(
 template <typename L>
 Backward<L> backward_of(const Loss<L>& loss, const Tensor& gradient) {
   const Forward<L>& rows = loss.rows;
-  Backward<L> job{rows.logits,
-                  rows.stride,
-                  data<L>(gradient),
-                  gradient.stride(0),
-                  rows.shape.rows,
-                  rows.targets,
-                  rows.sigmoid,
-                  {rows.entropy, 1},
-                  {rows.lse, 1}};
+  Backward<L> job{rows.logits,  rows.stride,  data<L>(gradient), gradient.stride(0), rows.shape.rows,
+                  rows.targets, rows.sigmoid, {rows.entropy, 1}, {rows.lse, 1}};
   job.loss = true;
   job.parts = {loss.parts, 1};
   job.num_mixed = rows.shape.num_mixed;
@@ -157,9 +147,10 @@ Backward<L> backward_of(const Loss<L>& loss, const Tensor& gradient) {
 
 // Operators
 
-std::tuple<Tensor, Tensor, Tensor> ce_entropy(
-    const Tensor& logits_argument, const Tensor& labels, const OptionalTensor& partner_labels, const OptionalTensor& lam,
-    const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index, bool sigmoid) {
+std::tuple<Tensor, Tensor, Tensor> ce_entropy(const Tensor& logits_argument, const Tensor& labels,
+                                              const OptionalTensor& partner_labels, const OptionalTensor& lam,
+                                              const OptionalTensor& class_weight, double label_smoothing,
+                                              int64_t ignore_index, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
   const int64_t rows = logits.size(0);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -176,11 +167,11 @@ std::tuple<Tensor, Tensor, Tensor> ce_entropy(
   return {ce, entropy, lse};
 }
 
-Tensor ce_entropy_backward(
-    const OptionalTensor& grad_ce, const OptionalTensor& grad_entropy, const OptionalTensor& grad_lse,
-    const Tensor& logits_argument, const Tensor& entropy, const Tensor& lse, const Tensor& labels,
-    const OptionalTensor& partner_labels, const OptionalTensor& lam, const OptionalTensor& class_weight,
-    double label_smoothing, int64_t ignore_index, bool sigmoid) {
+Tensor ce_entropy_backward(const OptionalTensor& grad_ce, const OptionalTensor& grad_entropy,
+                           const OptionalTensor& grad_lse, const Tensor& logits_argument, const Tensor& entropy,
+                           const Tensor& lse, const Tensor& labels, const OptionalTensor& partner_labels,
+                           const OptionalTensor& lam, const OptionalTensor& class_weight, double label_smoothing,
+                           int64_t ignore_index, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
   const int64_t rows = logits.size(0);
   const Tensor out = allocate(logits, logits.scalar_type(), sizes_of(logits));
@@ -219,15 +210,24 @@ Loss<L> loss_job(const Tensor& logits, const Targets<T>& targets, const LossTens
           data<T>(given.parts)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(
-    const Tensor& logits_argument, const Tensor& labels, const OptionalTensor& partner_labels, const OptionalTensor& lam,
-    const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold,
-    bool rescale, double label_smoothing, bool sigmoid) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argument, const Tensor& labels,
+                                                       const OptionalTensor& partner_labels, const OptionalTensor& lam,
+                                                       const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed,
+                                                       int64_t num_reg, int64_t penalty, double threshold, bool rescale,
+                                                       double label_smoothing, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
   const int64_t rows = logits.size(0);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
-  const LossTensors given{eta,       reg_weight, num_mixed, num_reg, penalty,
-                          threshold, rescale,    sigmoid,   allocate(logits, dtype, {}), allocate(logits, dtype, {5})};
+  const LossTensors given{eta,
+                          reg_weight,
+                          num_mixed,
+                          num_reg,
+                          penalty,
+                          threshold,
+                          rescale,
+                          sigmoid,
+                          allocate(logits, dtype, {}),
+                          allocate(logits, dtype, {5})};
   const Tensor signed_entropy = allocate(logits, dtype, {rows}), lse = allocate(logits, dtype, {rows});
   with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
                [&](auto type, const auto& targets) {
@@ -240,14 +240,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(
   return {given.loss, given.parts, signed_entropy, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
-    const Tensor& logits_argument, const Tensor& labels, const OptionalTensor& partner_labels, const OptionalTensor& lam,
-    const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg, int64_t penalty, double threshold,
-    bool rescale, double label_smoothing, bool sigmoid) {
+std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(const Tensor& logits_argument, const Tensor& labels,
+                                                             const OptionalTensor& partner_labels,
+                                                             const OptionalTensor& lam, const Tensor& eta,
+                                                             const Tensor& reg_weight, int64_t num_mixed,
+                                                             int64_t num_reg, int64_t penalty, double threshold,
+                                                             bool rescale, double label_smoothing, bool sigmoid) {
   const Tensor logits = check_logits(logits_argument);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
-  const LossTensors given{eta,       reg_weight, num_mixed, num_reg, penalty,
-                          threshold, rescale,    sigmoid,   allocate(logits, dtype, {}), allocate(logits, dtype, {5})};
+  const LossTensors given{eta,
+                          reg_weight,
+                          num_mixed,
+                          num_reg,
+                          penalty,
+                          threshold,
+                          rescale,
+                          sigmoid,
+                          allocate(logits, dtype, {}),
+                          allocate(logits, dtype, {5})};
   const Tensor gradient = allocate(logits, logits.scalar_type(), sizes_of(logits));
   with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
                [&](auto type, const auto& targets) {
@@ -256,10 +266,10 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
   return {given.loss, given.parts, gradient};
 }
 
-void mixupe_loss_backward_out(
-    const Tensor& grad, const Tensor& logits_argument, const Tensor& labels, const OptionalTensor& partner_labels,
-    const OptionalTensor& lam, const Tensor& parts, const Tensor& signed_entropy, const Tensor& lse, int64_t num_mixed,
-    int64_t penalty, double label_smoothing, bool sigmoid, Tensor out) {
+void mixupe_loss_backward_out(const Tensor& grad, const Tensor& logits_argument, const Tensor& labels,
+                              const OptionalTensor& partner_labels, const OptionalTensor& lam, const Tensor& parts,
+                              const Tensor& signed_entropy, const Tensor& lse, int64_t num_mixed, int64_t penalty,
+                              double label_smoothing, bool sigmoid, Tensor out) {
   const Tensor logits = check_logits(logits_argument);
   const int64_t rows = logits.size(0);
   const GradientOutput result = check_gradient_output(logits, out);
@@ -268,9 +278,10 @@ void mixupe_loss_backward_out(
                  using L = decltype(type);
                  using T = Accumulate<L>;
                  const LossShape<T> shape = check_loss_shape<T>(logits, num_mixed, 0, penalty, 0);
-                 Backward<L> job = backward_job<L>(logits, result.buffer, targets, sigmoid,
-                                                   vector_of<T>("signed_entropy", signed_entropy, rows, {"logits", logits}),
-                                                   vector_of<T>("lse", lse, rows, {"logits", logits}));
+                 Backward<L> job =
+                     backward_job<L>(logits, result.buffer, targets, sigmoid,
+                                     vector_of<T>("signed_entropy", signed_entropy, rows, {"logits", logits}),
+                                     vector_of<T>("lse", lse, rows, {"logits", logits}));
                  job.loss = true;
                  job.grad = scalar_of<T>("grad", grad, {"logits", logits});
                  job.parts = vector_of<T>("parts", parts, 5, {"logits", logits});
@@ -280,10 +291,10 @@ void mixupe_loss_backward_out(
   if (result.apart) torch::stable::copy_(out, result.buffer);
 }
 
-Tensor mixupe_loss_backward(
-    const Tensor& grad, const Tensor& logits, const Tensor& labels, const OptionalTensor& partner_labels,
-    const OptionalTensor& lam, const Tensor& parts, const Tensor& signed_entropy, const Tensor& lse, int64_t num_mixed,
-    int64_t penalty, double label_smoothing, bool sigmoid) {
+Tensor mixupe_loss_backward(const Tensor& grad, const Tensor& logits, const Tensor& labels,
+                            const OptionalTensor& partner_labels, const OptionalTensor& lam, const Tensor& parts,
+                            const Tensor& signed_entropy, const Tensor& lse, int64_t num_mixed, int64_t penalty,
+                            double label_smoothing, bool sigmoid) {
   const Tensor out = allocate(logits, logits.scalar_type(), sizes_of(logits));
   mixupe_loss_backward_out(grad, logits, labels, partner_labels, lam, parts, signed_entropy, lse, num_mixed, penalty,
                            label_smoothing, sigmoid, out);

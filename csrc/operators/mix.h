@@ -24,7 +24,8 @@ template <typename In>
 struct MixSamples {
   using T = Accumulate<In>;
   const In* x;
-  int64_t stride, batch, count, sample;  // of x: elements between samples, samples; samples of the result, elements of one
+  int64_t stride, batch, count,
+      sample;  // of x: elements between samples, samples; samples of the result, elements of one
   Vector<int64_t> partner, rows;
   Vector<T> lam, scale, shift;
   int64_t channels, channel_stride;
@@ -68,8 +69,8 @@ inline int64_t check_mix(const Tensor& x, const MixArguments& arguments, ScalarT
   return count;
 }
 
-inline MixCall plan_mix(
-    const Tensor& x, int64_t count, ScalarType dtype, const std::optional<MemoryFormat>& memory_format) {
+inline MixCall plan_mix(const Tensor& x, int64_t count, ScalarType dtype,
+                        const std::optional<MemoryFormat>& memory_format) {
   const MemoryFormat format = memory_format ? *memory_format : row_format(x);
   require(format == MemoryFormat::Contiguous || format == channels_last_format(x.dim()),
           "memory_format must be contiguous_format, or channels_last of x's number of dimensions");
@@ -131,10 +132,9 @@ void mix_into(const MixCall& call, int64_t count, const MixArguments& arguments)
   });
 }
 
-Tensor mix_samples(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, std::optional<ScalarType> dtype,
-    std::optional<MemoryFormat> memory_format, const OptionalTensor& box) {
+Tensor mix_samples(const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
+                   const OptionalTensor& scale, const OptionalTensor& shift, std::optional<ScalarType> dtype,
+                   std::optional<MemoryFormat> memory_format, const OptionalTensor& box) {
   const MixArguments arguments{partner, rows, lam, scale, shift, box};
   const ScalarType out_dtype = dtype ? *dtype : x.scalar_type();
   const int64_t count = check_mix(x, arguments, out_dtype);
@@ -143,9 +143,8 @@ Tensor mix_samples(
   return call.out;
 }
 
-void mix_samples_out(
-    const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
-    const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& box, Tensor out) {
+void mix_samples_out(const Tensor& x, const OptionalTensor& partner, const Tensor& lam, const OptionalTensor& rows,
+                     const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& box, Tensor out) {
   const MixArguments arguments{partner, rows, lam, scale, shift, box};
   const int64_t count = check_mix(x, arguments, out.scalar_type());
   const MixCall call = plan_mix_out(x, count, out, !partner && !rows);

@@ -97,8 +97,8 @@ Tensor row_dot(const Tensor& a_argument, const Tensor& b_argument, const Tensor&
   const Tensor out = allocate(a, dtype, {count});
   const auto run = [&](auto type) {
     using T = decltype(type);
-    const DotRows<T> job{operand_of({"a", a}, "a_index", a_index, count), operand_of({"b", b}, "b_index", b_index, count), count,
-                         sample_size(a), data<T>(out)};
+    const DotRows<T> job{operand_of({"a", a}, "a_index", a_index, count),
+                         operand_of({"b", b}, "b_index", b_index, count), count, sample_size(a), data<T>(out)};
     run_dot(job, a);
   };
   dtype == ScalarType::Double ? run(double{}) : run(float{});

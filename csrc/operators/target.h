@@ -35,8 +35,8 @@ struct TargetRows {
 template <typename T>
 void run_target(const TargetRows<T>& job, const Tensor& like);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
-    const Tensor& labels, const OptionalTensor& partner, const Tensor& lam, const Tensor& rows, int64_t num_mixed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(const Tensor& labels, const OptionalTensor& partner,
+                                                        const Tensor& lam, const Tensor& rows, int64_t num_mixed) {
   require(labels.dim() == 1, "labels must have one dimension, got ", labels.dim());
   require(rows.dim() == 1, "rows must have one dimension, got ", rows.dim());
   const int64_t batch = labels.size(0), count = rows.size(0);
@@ -48,11 +48,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_target(
                partner_label = indices();
   const auto run = [&](auto type) {
     using T = decltype(type);
-    const TargetRows<T> job{
-        batch, count, num_mixed,
-        vector_of<int64_t>("labels", labels, batch, beside), vector_of<int64_t>("partner", partner, batch, beside),
-        vector_of<int64_t>("rows", rows, count, beside), row_weights<T>("lam", lam, batch, beside),
-        data<T>(own_lam), data<int64_t>(own_partner), data<int64_t>(own_label), data<int64_t>(partner_label)};
+    const TargetRows<T> job{batch,
+                            count,
+                            num_mixed,
+                            vector_of<int64_t>("labels", labels, batch, beside),
+                            vector_of<int64_t>("partner", partner, batch, beside),
+                            vector_of<int64_t>("rows", rows, count, beside),
+                            row_weights<T>("lam", lam, batch, beside),
+                            data<T>(own_lam),
+                            data<int64_t>(own_partner),
+                            data<int64_t>(own_label),
+                            data<int64_t>(partner_label)};
     run_target(job, labels);
   };
   lam.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
