@@ -7,7 +7,7 @@ Only shapes, dtypes, devices and Python numbers are looked at here: values of te
 import math
 import re
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -39,11 +39,16 @@ def fraction(name: str, value) -> float:
 
 
 def positive_int(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= 1, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value}")
-    return value
+    return integer(name, value, 1)
+
+
+def integer(name: str, value, lowest: int) -> int:
+    """``value`` as an int if it is a whole number, NumPy's among them, of at least ``lowest``, else TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int >= {lowest}, got {type(value).__name__} {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name} must be an int >= {lowest}, got {value}")
+    return int(value)
 
 
 def boolean(name: str, value) -> bool:
@@ -62,6 +67,12 @@ def tensor(name: str, value) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     return value
+
+
+def strided(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:

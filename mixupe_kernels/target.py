@@ -90,9 +90,10 @@ def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
 def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
     """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
     usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
-    if usual and labels.shape[0] == batch and labels.device == like.device:
+    if usual and labels.layout is torch.strided and labels.shape[0] == batch and labels.device == like.device:
         return  # one look instead of six calls in every step
     checks.tensor("labels", labels)
+    checks.strided("labels", labels)
     if labels.dim() == 0 or labels.shape[0] != batch:
         raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
     if labels.is_floating_point():
@@ -106,6 +107,7 @@ def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
 def check_ids(ids: Tensor, labels: Tensor) -> None:
     """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
     checks.tensor("ids", ids)
+    checks.strided("ids", ids)
     checks.dtype("ids", ids, (torch.int64,))
     checks.shape("ids", ids, labels.shape[:1])
     checks.same_device("ids", ids, "labels", labels)

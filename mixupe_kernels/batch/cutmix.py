@@ -19,4 +19,4 @@ def draw_box(lam: Tensor, height: int, width: int, generator: torch.Generator | 
     half = (0.5 * torch.sqrt(1 - lam.double()) * size).floor()
     first, last = (centre - half).clamp_(min=0), torch.minimum(centre + half, size)
     area = (last - first).prod()
-    return torch.stack([first, last], 1).reshape(4).long(), (1 - area / (height * width)).float()
+    return torch.stack([first, last], 1).reshape(4).long(), (1 - area / max(height * width, 1)).float()

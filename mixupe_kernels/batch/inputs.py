@@ -1,6 +1,6 @@
 """What a batch may be made of, and what is done to each tensor of it on its way to the model."""
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ FORMATS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and the dimensi
 def mixes_by_default(value: Any, batch: int) -> bool:
     """Whether an entry is mixed where no ``keys`` are named: floating point, or uint8 of 4 or 5 dimensions (images,
     video), with one row for each sample."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+        return False
+    if value.dim() == 0 or value.shape[0] != batch:
         return False
     return value.is_floating_point() or (value.dtype == torch.uint8 and value.dim() in (4, 5))
 
@@ -47,6 +49,7 @@ def entries_to_mix(
         if key not in entries:
             raise ValueError(f"keys must name entries of x ({', '.join(map(repr, entries))}), got {key!r}")
         value = chosen[key] = checks.tensor(f"x[{key!r}]", entries[key])
+        checks.strided(f"x[{key!r}]", value)
         if value.dim() == 0 or value.shape[0] != batch:
             raise ValueError(f"x[{key!r}] must have {batch} rows, as labels have, got shape {tuple(value.shape)}")
     return chosen
@@ -120,6 +123,34 @@ def buffers(out: Mapping | Sequence | None, entries: dict[Hashable, Tensor]) -> 
     return given
 
 
+def check_buffer(name: str, out: Any, x: Tensor, rows: int, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """``out`` if ``rows`` rows like x's can be written into it.
+
+    Raises:
+        TypeError, ValueError: if it has another kind, device, shape or dtype, or requires a gradient.
+    """
+    checks.tensor(name, out)
+    checks.strided(name, out)
+    checks.same_device(name, out, "x", x)
+    checks.no_gradient("out", **{name: out})
+    if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:
+        expected = ", ".join(map(str, x.shape[1:]))
+        raise ValueError(f"{name} must have shape (>= {rows}, {expected}), got {tuple(out.shape)}")
+    checks.dtype(name, out, dtypes)
+    return out
+
+
+def image_size(samples: Iterable[Tensor]) -> tuple[int, int]:
+    """Height and width, the same for all ``samples``; ValueError if they are not."""
+    sizes = {tuple(x.shape[-2:]) if x.dim() >= 3 else () for x in samples}
+    if len(sizes) > 1 or () in sizes:
+        raise ValueError(
+            f"x must have shape (B, ..., H, W), one H and W for all, with cutmix_alpha, got {sorted(sizes)}"
+        )
+    height, width = sizes.pop()
+    return height, width
+
+
 class Arguments(NamedTuple):
     """The transform as ``mix`` takes it."""
 
@@ -159,7 +190,7 @@ class Transform:
 
     @staticmethod
     def _numbers(name: str, values, positive: bool = False) -> tuple[float, ...]:
-        values = values.tolist() if isinstance(values, Tensor) else values
+        values = values.tolist() if hasattr(values, "tolist") else values
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise TypeError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
         if positive:

@@ -5,6 +5,7 @@ same without clean rows. Both stand where ``timm.data.Mixup`` or ``torchvision.t
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from .. import checks, ops
 from ..conventions import accumulate_dtype, row_format
 from ..target import MixedTarget, check_ids, check_labels
 from . import inputs, sampling
+from . import state as saved_state
 from .plan import CleanRows, Draw, Plan, one, plain_draw
 from .schedule import LinearRamp
 
@@ -111,7 +113,7 @@ class Mixup:
     per_sample: bool = False
     pairing: str | Callable[..., Tensor] = "random"
     prob: float = 1.0
-    lam_distribution: sampling.Distribution | Callable[..., Tensor] | None = None
+    lam_distribution: sampling.Distribution | sampling.Dirichlet | Callable[..., Tensor] | None = None
     num_samples: int = 2
     num_classes: int | None = None
     cutmix_alpha: float | None = None
@@ -129,6 +131,8 @@ class Mixup:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        checks.boolean("inplace", self.inplace)
+        hash(self.labels_key)
         self.plan = Plan(self, self._clean_rows())
         self.transform = inputs.Transform(self.mean, self.std, self.dtype, self.memory_format)
         if self.inplace and (self.pairing != "flip" or self.num_samples > 2):
@@ -191,7 +195,7 @@ class Mixup:
 
     @steps.setter
     def steps(self, value: int) -> None:
-        self.plan.progress.set_steps(value, [])
+        self.plan.progress.set_steps(checks.integer("steps", value, 0), [])
 
     @property
     def epoch(self) -> float:
@@ -213,15 +217,16 @@ class Mixup:
 
         Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``).
         """
-        return self.plan.state_dict()
+        return saved_state.state_dict(self.plan)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken: the same batches are drawn.
 
         Raises:
-            ValueError: if entries are missing, or only one of the two has a generator of its own.
+            TypeError, ValueError: if entries are missing or of another kind, or only one of the two has a generator of its
+                own. Nothing is changed then.
         """
-        self.plan.load_state_dict(state)
+        saved_state.load_state_dict(self.plan, state)
         object.__setattr__(self, "lam_distribution", self.plan.law)
 
     def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
@@ -232,11 +237,16 @@ class Mixup:
             ids: (B,) int64, the samples' numbers, for pairings that ask for them.
             image_size: height and width, which CutMix needs.
         """
-        return self.plan.draw(labels, ids=ids, image_size=image_size)
+        checks.tensor("labels", labels)
+        check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
+        if ids is not None:
+            check_ids(ids, labels)
+        with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(None) else nullcontext():
+            return self.plan.draw(labels, ids=ids, image_size=image_size)
 
     def num_rows(self, batch: int) -> int:
         """The most rows that a batch of ``batch`` samples becomes, which is what ``out`` must have."""
-        return batch
+        return checks.integer("batch", batch, 0)
 
     def apply(self, draw: Draw, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The rows that :meth:`draw` chose, of any samples (B, ...) such as hidden states, as they are: (N, ...).
@@ -244,8 +254,17 @@ class Mixup:
         Differentiable in x; with ``out``, x must not require a gradient. mean, std, dtype and memory_format are left out. A
         draw of CutMix is for images of the size it was drawn for.
         """
+        if not isinstance(draw, Draw):
+            raise TypeError(f"draw must be what Mixup.draw returned, got {type(draw).__name__}")
+        checks.tensor("x", x)
+        checks.strided("x", x)
+        if x.dim() == 0 or x.shape[0] != draw.batch:
+            raise ValueError(f"x must have the {draw.batch} rows that were drawn for, got shape {tuple(x.shape)}")
+        if x.dtype is not torch.uint8:
+            checks.dtype("x", x, checks.LOGITS_DTYPES)
+        checks.same_device("x", x, "draw", draw.lam)
         if out is not None:
-            checks.no_gradient("out", x=x, out=out)
+            checks.no_gradient("out", x=x, out=checks.tensor("out", out))
         return write(draw, x, inputs.UNCHANGED, out)
 
     def __call__(
@@ -268,6 +287,8 @@ class Mixup:
             return self._batch_of_several(x, labels, ids, out, draw)
         if x.dim() == 0:
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            checks.strided("x", x)
         check_labels(labels, x.shape[0], x)
         if ids is not None:
             check_ids(ids, labels)
@@ -276,9 +297,11 @@ class Mixup:
             arguments = self.transform.arguments("x", x, True)
         if out is not None or self.inplace:
             out = self._check_out("out", out, x, arguments)
-        size = None if self.cutmix_alpha is None else self._image_size([x])
-        drawn = draw(labels, ids=ids, image_size=size)
-        return write(drawn, x, arguments, out), drawn.target
+        size = None if self.cutmix_alpha is None else inputs.image_size([x])
+        unsure = self.plan.careful or out is not None
+        with saved_state.restored_on_error(self.plan, x.device) if unsure and self._may_fail(out) else nullcontext():
+            drawn = draw(labels, ids=ids, image_size=size)
+            return write(drawn, x, arguments, out), drawn.target
 
     def _batch_of_several(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
         if not isinstance(x, (Mapping, tuple, list)):
@@ -305,14 +328,19 @@ class Mixup:
             checks.same_device(f"x[{key!r}]", value, "labels", labels)
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
-        size = None if self.cutmix_alpha is None else self._image_size(entries.values())
-        drawn = draw(labels, ids=ids, image_size=size)
-        changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
+        size = None if self.cutmix_alpha is None else inputs.image_size(entries.values())
+        with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(out) else nullcontext():
+            drawn = draw(labels, ids=ids, image_size=size)
+            changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if drawn.rows is not None:
             changes |= {key: inputs.rows_of(value, drawn.rows) for key, value in following.items()}
         if within:
             changes[self.labels_key] = drawn.target
         return inputs.replaced(x, changes), drawn.target
+
+    def _may_fail(self, out: Any) -> bool:
+        """Whether something can still be refused once drawing begins: what a function returned, or a buffer's memory."""
+        return (self.plan.careful or out is not None) and not torch.compiler.is_compiling()
 
     def _check_out(self, name: str, out: Tensor | None, x: Tensor, arguments: inputs.Arguments) -> Tensor | None:
         """The buffer to write, checked; None for fresh memory."""
@@ -328,24 +356,9 @@ class Mixup:
             return x
         if self.num_samples > 2:
             raise ValueError("out must be None with num_samples > 2, got a tensor")
-        checks.tensor(name, out)
-        checks.same_device(name, out, "x", x)
-        checks.no_gradient("out", **{name: out})
-        rows = self.num_rows(x.shape[0])
-        if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:
-            expected = ", ".join(map(str, x.shape[1:]))
-            raise ValueError(f"{name} must have shape (>= {rows}, {expected}), got {tuple(out.shape)}")
         free = self.transform.dtype is None and dtype is not torch.uint8
-        checks.dtype(name, out, checks.LOGITS_DTYPES if free else (dtype,))
-        return out
-
-    def _image_size(self, samples) -> tuple[int, int]:
-        sizes = {tuple(x.shape[-2:]) if x.dim() >= 3 else () for x in samples}
-        if len(sizes) > 1 or () in sizes:
-            raise ValueError(
-                f"x must have shape (B, ..., H, W), one H and W for all, with cutmix_alpha, got {sorted(sizes)}"
-            )
-        return sizes.pop()
+        allowed = checks.LOGITS_DTYPES if free else (dtype,)
+        return inputs.check_buffer(name, out, x, self.num_rows(x.shape[0]), allowed)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -388,11 +401,12 @@ class MixupE(Mixup):
     eta_ramp: Callable[[float], float] | None = None
 
     def _clean_rows(self) -> CleanRows:
-        return CleanRows(self)
+        self._clean = CleanRows(self)
+        return self._clean
 
     def num_clean(self, batch: int) -> int:
         """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 if they can be."""
-        return self.plan.clean.num_clean(batch)
+        return self._clean.num_clean(checks.integer("batch", batch, 0))
 
     def num_rows(self, batch: int) -> int:
-        return self.plan.clean.num_rows(batch)
+        return self._clean.num_rows(checks.integer("batch", batch, 0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import sequence
+from ..conventions import check_range, sequence
 
 
 def random(size, generator, device, labels=None, ids=None) -> Tensor:
@@ -102,6 +102,8 @@ class Neighbors:
             if size != total:
                 raise ValueError(f"ids must be given where the batch ({size}) is not the indexed data set ({total})")
             ids = rows
+        if not torch.compiler.is_compiling():
+            check_range("ids", ids, 0, total - 1, f"in [0, {total - 1}]")
         row_of = torch.full((total,), -1, device=device).scatter_(0, ids, rows)
         candidates = row_of[self.index[ids]]
         score = torch.rand(candidates.shape, dtype=torch.float32, generator=generator, device=device)
@@ -117,6 +119,24 @@ PAIRINGS: dict[str, Callable[..., Tensor]] = {
     "same_class": same_class,
     "different_class": different_class,
 }
+
+
+def check(partner: Tensor, size: int, device: torch.device) -> Tensor:
+    """What a caller's pairing returned, if it is (size,) int64 in [0, size) on ``device``.
+
+    Raises:
+        TypeError, ValueError: if it is anything else.
+    """
+    name = "pairing(size, generator, device)"
+    checks.tensor(name, partner)
+    checks.strided(name, partner)
+    checks.dtype(name, partner, (torch.int64,))
+    checks.shape(name, partner, (size,))
+    if partner.device != device:
+        raise ValueError(f"{name} must be on {device}, got {partner.device}")
+    if not torch.compiler.is_compiling():
+        check_range(name, partner, 0, size - 1, f"in [0, {size - 1}]")
+    return partner
 
 
 def as_pairing(value: str | Callable[..., Tensor]) -> Callable[..., Tensor]:

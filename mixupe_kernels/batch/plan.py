@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ class Draw(NamedTuple):
     """What was drawn for a batch of B samples: how its N rows are made of them.
 
     Attributes:
+        batch: B.
         partner: (N,) int64, or None for the flip of all rows. With ``offsets``, (T,) int64.
         lam: λ as ``mix`` takes it: 0-d or (N,). With ``offsets``, (T,) weights.
         target: of the N rows.
@@ -35,6 +35,7 @@ class Draw(NamedTuple):
         plain: the rows are the samples as they are.
     """
 
+    batch: int
     partner: Tensor | None
     lam: Tensor
     target: MixedTarget
@@ -61,7 +62,7 @@ def plain_draw(labels: Tensor, **_) -> Draw:
     """The samples as they are; takes what :meth:`Plan.draw` takes."""
     batch, device = labels.shape[0], labels.device
     lam = torch.ones(batch, dtype=torch.float32, device=device)
-    return Draw(None, one(device), MixedTarget(labels, labels, lam, batch, 0, 0.0), plain=True)
+    return Draw(batch, None, one(device), MixedTarget(labels, labels, lam, batch, 0, 0.0), plain=True)
 
 
 class CleanRows:
@@ -148,6 +149,10 @@ class Plan:
         self.stream = None if self.generator is None else Stream.of(self.generator)
         law = given.lam_distribution
         self.given_law = None if law is None else sampling.as_distribution(law)
+        # Code of the caller's, which may return nonsense: checked, and what was drawn before it is given back.
+        self._own_pairing = self._pair not in pairings.PAIRINGS.values()
+        self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
+        self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
         self._check_combination()
         self.progress = Progress(1 if clean is None else clean.interval)
         self.set_epoch(0)
@@ -215,37 +220,15 @@ class Plan:
         elif progress.enabled != self.enabled:
             self._update_active()
 
-    def state_dict(self) -> dict[str, Any]:
-        generator = None if self.generator is None else self.generator.get_state()
-        progress = self.progress
-        return {
-            "epoch": self.epoch,
-            "steps": progress.steps,
-            "worker_steps": progress.worker_steps,
-            "enabled": self.enabled,
-            "generator": generator,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        missing = {"epoch", "steps", "enabled", "generator"} - set(state)
-        if missing:
-            raise ValueError(f"state must have all entries of state_dict(), {sorted(missing)} are missing")
-        if (state["generator"] is None) != (self.generator is None):
-            has = "none" if self.generator is None else "one"
-            raise ValueError(f"generator must be given where the saved one had one, and only there; this has {has}")
-        self.set_epoch(state["epoch"])
-        self.set_enabled(state["enabled"])
-        self.progress.set_steps(state["steps"], state.get("worker_steps", []))
-        if self.generator is not None:
-            self.generator.set_state(state["generator"].cpu())
-
     def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
         """λ, partners, rows and target of a batch with these labels; see :meth:`mixupe_kernels.Mixup.draw`."""
         if not torch.compiler.is_compiling() and get_worker_info() is not None:
             self._follow_main_process()
-        batch = labels.shape[0]
+        batch, device = labels.shape[0], labels.device
         if batch == 0 or not self.active:
             return plain_draw(labels)
+        if self.generator is not None and self.generator.device.type != device.type:
+            raise ValueError(f"generator must be on the device of labels, {device}, got {self.generator.device}")
         if labels.dim() != 1 or self.cutmix is not None or self._by_class:
             self._check(labels, image_size)
         regularized = self.clean is not None and (self.clean.interval == 1 or self.progress.due())
@@ -262,7 +245,12 @@ class Plan:
     ) -> Draw:
         batch, device = labels.shape[0], labels.device
         # λ of the labels and λ of the pixels differ with CutMix only.
-        lam = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
+        size = (batch,) if self.per_sample else ()
+        lam = self.law.sample(size, self.generator, device)
+        if self._own_law:
+            lam = sampling.check("lam_distribution.sample(size, generator, device)", lam, size).to(
+                device, torch.float32
+            )
         if self.prob < 1:
             lam = self._leave_some(lam, one(device))
         pixel_lam = lam
@@ -275,7 +263,11 @@ class Plan:
         rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
         if regularized:
             (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
-        partner = None if self._pair is pairings.flip else self._pair(batch, self.generator, device, labels, ids)
+        partner = None
+        if self._pair is not pairings.flip:
+            partner = self._pair(batch, self.generator, device, labels, ids)
+        if self._own_pairing:
+            pairings.check(partner, batch, device)
         if rows is None:
             own, other = labels, labels.flip(0) if partner is None else labels.index_select(0, partner)
             all_lam = lam.expand(batch)
@@ -293,7 +285,7 @@ class Plan:
         if maps and box is not None:
             own = torch.where(ops.reference.inside_box(box, own), other, own)
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
-        return Draw(partner, pixel_lam, target, rows=rows, box=box)
+        return Draw(batch, partner, pixel_lam, target, rows=rows, box=box)
 
     def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
         """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""
@@ -339,6 +331,8 @@ class Plan:
             weights = self._leave_some(weights, own)
         weights = weights.expand(batch, terms)
         others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
+        if self._own_pairing:
+            others = [pairings.check(partner, batch, device) for partner in others]
         index = torch.stack([sequence(batch, device), *others], 1)
         rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
         if regularized:
@@ -355,4 +349,6 @@ class Plan:
             weights = torch.cat([weights, weights.new_ones(clean.shape[0])])
             offsets = torch.cat([offsets, sequence(clean.shape[0], device) + (num_mixed * terms + 1)])
         lam = weights.new_ones(dense.shape[0])
-        return Draw(index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), rows, offsets)
+        return Draw(
+            batch, index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), rows, offsets
+        )

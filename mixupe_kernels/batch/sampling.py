@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import constant
+from ..conventions import check_range, constant
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
 # ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
@@ -218,9 +218,6 @@ class Custom(Distribution):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
                 lam = self.draw((self.NUM_DRAWS,), torch.Generator().manual_seed(0), torch.device("cpu")).double()
-            outside = ~((lam >= 0) & (lam <= 1))
-            if bool(outside.any()):
-                raise ValueError(f"function must return values in [0, 1], got {lam[outside][0].item()}")
             product = 2 * lam * (1 - lam)
             self.expected_a_lambda = product.mean().item()
             self.expected_a_lambda_error = product.std().item() / math.sqrt(self.NUM_DRAWS)
@@ -230,10 +227,8 @@ class Custom(Distribution):
             )
 
     def draw(self, size, generator, device):
-        lam = checks.tensor("function(size, generator, device)", self.function(size, generator, device))
-        checks.shape("function(size, generator, device)", lam, size)
-        checks.dtype("function(size, generator, device)", lam, checks.LOGITS_DTYPES)
-        return lam.to(device, torch.float32)
+        lam = self.function(size, generator, device)
+        return check("function(size, generator, device)", lam, size).to(device, torch.float32)
 
 
 class Dirichlet:
@@ -257,6 +252,21 @@ class Dirichlet:
         return f"Dirichlet({self.alpha:g}, {self.num_samples})"
 
 
+def check(name: str, lam: Tensor, size: tuple[int, ...]) -> Tensor:
+    """What a caller's law returned, if it is floating point of shape ``size`` in [0, 1].
+
+    Raises:
+        TypeError, ValueError: if it is anything else.
+    """
+    checks.tensor(name, lam)
+    checks.strided(name, lam)
+    checks.shape(name, lam, size)
+    checks.dtype(name, lam, checks.LOGITS_DTYPES)
+    if not torch.compiler.is_compiling():
+        check_range(f"values of {name}", lam, 0, 1, "in [0, 1]")
+    return lam
+
+
 def as_distribution(value: Distribution | Callable) -> Distribution:
     """``value`` if it has what a :class:`Distribution` has, :class:`Custom` of it if it is a function.
 
@@ -265,8 +275,14 @@ def as_distribution(value: Distribution | Callable) -> Distribution:
     """
     if isinstance(value, Dirichlet):
         raise TypeError(f"lam_distribution must draw one λ a sample, got {value}: num_samples= is for more")
-    if hasattr(value, "sample") and hasattr(value, "expected_a_lambda"):
+    if hasattr(value, "sample") and hasattr(value, "expected_a_lambda") and not isinstance(value, type):
+        checks.number(
+            "lam_distribution.expected_a_lambda",
+            value.expected_a_lambda,
+            "a number in [0, 0.5]",
+            lambda w: 0 <= w <= 0.5,
+        )
         return value
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return Custom(value)
     raise TypeError(f"lam_distribution must be a distribution of mk.sampling or a function, got {value!r}")

@@ -4,6 +4,9 @@ import copy
 import inspect
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import mixupe_kernels as mk
-
-from ..followed import followed
 
 CLASSES = 5
 POLICIES = {
@@ -354,8 +355,8 @@ def test_mixing_more_than_two_with_prob_keeps_the_own_sample():
         (lambda x, y: mk.Mixup()(x, y.to("meta")), ValueError, "labels must be on the device of x"),
         (
             lambda x, y: mk.Mixup(pairing=lambda *_: torch.full((24,), 24))(x, y),
-            (ValueError, IndexError),
-            "(?i)index|partner",
+            ValueError,
+            r"pairing\(size, generator, device\) must be in \[0, 23\], got 24",
         ),
         (lambda x, y: mk.Mixup(num_samples=3, num_classes=CLASSES)(x, y - 1), ValueError, "labels must be .* -1"),
         (
@@ -453,14 +454,25 @@ def test_attributes_that_would_change_nothing_are_refused(mixer):
     assert fn.enabled is False and not fn.active
 
 
-@pytest.mark.parametrize("options", [{}, {"clean_fraction": 1 / 8}, {"alpha": 0.2}, {"regularize": "mixed"}])
-def test_budget_of_calls_and_files(options):
-    x, labels = torch.randn(128, 10), torch.randint(10, (128,))
+COUNT = """
+import torch
+import mixupe_kernels as mk
+from tests.followed import followed
+
+x, labels = torch.randn(128, 10), torch.randint(10, (128,))
+for options in {}, {"clean_fraction": 1 / 8}, {"alpha": 0.2}, {"regularize": "mixed"}:
     fn = mk.MixupE(**options)
     fn(x, labels)
     calls = followed(lambda: fn(x, labels))
-    assert len(calls) <= 20, calls
-    assert len({file for file, _ in calls}) <= 9, calls
+    files = {file for file, _ in calls}
+    assert len(calls) <= 20 and len(files) <= 8, (options, calls)
+"""
+
+
+def test_budget_of_calls_and_files():
+    """In a process of its own: once a backend was chosen, operators are called through it."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", COUNT], check=True, cwd=root)
 
 
 def test_apply_refuses_out_where_a_gradient_is_wanted():

@@ -176,7 +176,7 @@ def test_custom_gives_its_error():
         (
             lambda: sampling.Custom(lambda *_: torch.full(_[0], 2.0)),
             ValueError,
-            r"function must return values in \[0, 1\]",
+            r"values of function\(size, generator, device\) must be in \[0, 1\]",
         ),
         (lambda: sampling.Custom(lambda *_: torch.zeros(3)), ValueError, "shape"),
         (lambda: sampling.Custom(lambda *_: torch.zeros(_[0]), 0.7), ValueError, "expected_a_lambda"),
