@@ -1,5 +1,6 @@
 """The target of a mixed batch: two labels a row and the weight of the first."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,11 @@ class MixedTarget(NamedTuple):
 
     The first ``num_mixed`` rows carry the mixup loss and the last ``num_reg`` carry the regularizer. A clean row has its
     own label twice and λ = 1.
+
+    It is a tuple of six and ``len`` says so: torch.compile compiles anew for each length of a tuple, and libraries go over
+    a tuple by its length. :attr:`shape` and :attr:`num_rows` are those of the rows, :meth:`rows` slices them and :meth:`cat`
+    joins targets. Containers that rebuild a tuple keep it: it is made of six arguments or of one iterable of six, and
+    ``torch.load(weights_only=True)`` takes it once this package is imported.
 
     Attributes:
         labels: (N,) int64 classes, or (N, C) soft labels, of the rows' own samples.
@@ -32,18 +38,81 @@ class MixedTarget(NamedTuple):
     num_reg: int
     reg_weight: Tensor | float
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the labels: (N,), or (N, C) if they are soft."""
+        return self.labels.shape
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.labels.shape[0]
+
+    def rows(self, start: int, stop: int | None = None) -> "MixedTarget":
+        """The target of the rows ``start:stop``, bounds as in a slice; views of these."""
+        total = self.num_rows
+        start, stop, _ = slice(start, stop).indices(total)
+        stop = max(start, stop)
+        parts = (value[start:stop] for value in self[:3])
+        num_mixed = max(0, min(stop, self.num_mixed) - start)
+        num_reg = max(0, stop - max(start, total - self.num_reg))
+        return MixedTarget(*parts, num_mixed, num_reg, self.reg_weight)
+
+    @classmethod
+    def cat(cls, targets: Iterable["MixedTarget"]) -> "MixedTarget":
+        """One target of the rows of several, in their order.
+
+        Raises:
+            TypeError: for something else than MixedTargets.
+            ValueError: for none, or if mixed rows would no longer come before clean ones, the regularizer's rows would not
+                be the last, or its weights differ.
+        """
+        targets = list(targets)
+        for target in targets:
+            if not isinstance(target, cls):
+                raise TypeError(f"targets must be MixedTargets, got {type(target).__name__}")
+        if not targets:
+            raise ValueError("targets must hold at least one MixedTarget, got none")
+        first, total = targets[0], sum(target.num_rows for target in targets)
+        joined = cls(
+            *(torch.cat(parts) for parts in zip(*(target[:3] for target in targets), strict=True)),
+            sum(target.num_mixed for target in targets),
+            sum(target.num_reg for target in targets),
+            first.reg_weight,
+        )
+        begin = 0
+        for target in targets:
+            part = joined.rows(begin, begin := begin + target.num_rows)
+            if (part.num_mixed, part.num_reg) != (target.num_mixed, target.num_reg):
+                raise ValueError(
+                    f"targets must have mixed rows first and the regularizer's last of all {total} when joined, got "
+                    f"(num_mixed, num_reg) = {', '.join(str(target[3:5]) for target in targets)}"
+                )
+            if target.num_reg and target.reg_weight is not first.reg_weight and target.reg_weight != first.reg_weight:
+                raise ValueError(
+                    f"targets must have one reg_weight, got {float(first.reg_weight)} and {float(target.reg_weight)}"
+                )
+        return joined
+
     def to(self, *args, **kwargs) -> "MixedTarget":
         """Every tensor moved as by :meth:`torch.Tensor.to`; a dtype applies to the floating-point ones."""
+        device = torch.empty(0).to(*args, **kwargs).device
+        flags = [value for value in args if isinstance(value, bool)]  # non_blocking and copy
+        named = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        named = {**dict(zip(("non_blocking", "copy"), flags, strict=False)), **named}
 
         def move(value):
             if not isinstance(value, Tensor):
                 return value
-            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-            if dtype is None or not value.is_floating_point():
-                dtype = value.dtype
-            return value.to(device or value.device, dtype, non_blocking=non_blocking)
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            return value.to(device, **named)
 
         return MixedTarget(*map(move, self))
+
+    def pin_memory(self) -> "MixedTarget":
+        """Every tensor in pinned memory, as by :meth:`torch.Tensor.pin_memory`."""
+        return MixedTarget(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
 
     def dense(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
         """The targets λ·y + (1 - λ)·y_partner as (N, num_classes) float32 (mixup, eq. 1), labels smoothed before.
@@ -52,6 +121,19 @@ class MixedTarget(NamedTuple):
             ValueError: if soft labels do not have ``num_classes`` columns, or a label lies outside [0, num_classes).
         """
         return _dense(self.labels, self.partner_labels, self.lam, num_classes, label_smoothing)
+
+
+_from_fields = MixedTarget.__new__
+
+
+def _from_fields_or_iterable(cls, *args, **kwargs) -> MixedTarget:
+    if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
+        args = tuple(args[0])  # what containers do: type(value)(element for element in value)
+    return _from_fields(cls, *args, **kwargs)
+
+
+MixedTarget.__new__ = _from_fields_or_iterable  # type: ignore[method-assign]  # NamedTuple lets no body define it
+torch.serialization.add_safe_globals([MixedTarget])
 
 
 def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
