@@ -1,5 +1,6 @@
 """The target of a mixed batch: two labels a row and the weight of the first."""
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -67,6 +68,8 @@ class MixedTarget(NamedTuple):
             ValueError: for none, or if mixed rows would no longer come before clean ones, the regularizer's rows would not
                 be the last, or its weights differ.
         """
+        if not isinstance(targets, Iterable) or isinstance(targets, Tensor):
+            raise TypeError(f"targets must be MixedTargets, got {type(targets).__name__}")
         targets = list(targets)
         for target in targets:
             if not isinstance(target, cls):
@@ -126,6 +129,7 @@ class MixedTarget(NamedTuple):
 _from_fields = MixedTarget.__new__
 
 
+@functools.wraps(_from_fields)  # the signature, for help and completion
 def _from_fields_or_iterable(cls, *args, **kwargs) -> MixedTarget:
     if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
         args = tuple(args[0])  # what containers do: type(value)(element for element in value)

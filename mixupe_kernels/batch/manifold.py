@@ -143,6 +143,8 @@ class ManifoldMixup:
             raise ValueError(
                 "mixup_fn must have neither cutmix_alpha nor inplace: hidden layers have no images of the input"
             )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         self.model = model
         self.layers = tuple(map(_unwrapped, layers))
         self.mixup_fn = mixup_fn
@@ -152,14 +154,14 @@ class ManifoldMixup:
     def __call__(
         self, x: Tensor | Sequence | Mapping, labels: Tensor, *, ids: Tensor | None = None
     ) -> tuple[Any, MixedTarget]:
-        self.layer = self.layers[int(torch.randint(len(self.layers), (), generator=self.generator))]
-        if self.layer == INPUT:
-            x, target = self.mixup_fn(x, labels, ids=ids)
-            return self._forward(x), target
         checks.tensor("labels", labels)
         check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             check_ids(ids, labels)
+        self.layer = self.layers[int(torch.randint(len(self.layers), (), generator=self.generator))]
+        if self.layer == INPUT:
+            x, target = self.mixup_fn(x, labels, ids=ids)
+            return self._forward(x), target
         if not self.mixup_fn.transform.is_identity:
             x, _ = self.mixup_fn.plain(x, labels)
         draw = self.mixup_fn.draw(labels, ids=ids)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import IGNORE_INDEX
+from ..conventions import IGNORE_INDEX, check_range
 from ..target import MixedTarget, as_rows
 
 
@@ -45,8 +45,13 @@ def mixed_accuracy(logits: Tensor, target: MixedTarget, topk: int | Sequence[int
     own, own_kept = _classes("target.labels", target.labels, logits)
     partner, partner_kept = _classes("target.partner_labels", target.partner_labels, logits)
     checks.tensor("target.lam", target.lam)
+    checks.dtype("target.lam", target.lam, checks.LOGITS_DTYPES)
     checks.shape("target.lam", target.lam, (rows,))
+    checks.same_device("target.lam", target.lam, "logits", logits)
+    check_range("target.lam", target.lam, 0, 1, "in [0, 1]")
     split = target.num_mixed
+    if isinstance(split, bool) or not isinstance(split, int | torch.SymInt):
+        raise TypeError(f"target.num_mixed must be an int, got {type(split).__name__} {split!r}")
     if not 0 <= split <= rows:
         raise ValueError(f"target.num_mixed must be in [0, {rows}], got {split}")
     ks = _check_topk(topk, classes)

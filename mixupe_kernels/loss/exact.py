@@ -199,6 +199,9 @@ def exact_q(
     Summed over the batch that equals the double-backward formulation exactly; row by row the two differ. In eval mode, or
     with layers that treat rows separately, they are the same.
     """
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    checks.boolean("detach_residual", detach_residual)
     checks.tensor("x", x)
     checks.dtype("x", x, checks.LOGITS_DTYPES)
     if x.dim() == 0:
@@ -248,11 +251,13 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
         The mean over the samples, of shape (...), float32, on the batches' device; summed in float64.
 
     Raises:
-        TypeError: if the loader yields something else.
-        ValueError: if it yields no sample.
+        TypeError: if the loader cannot be iterated over or yields something else.
+        ValueError: if it yields no sample, or samples of several shapes.
     """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
     batches = loader
-    if progress:
+    if checks.boolean("progress", progress):
         try:
             from rich.progress import track
         except ImportError:
@@ -261,8 +266,13 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
             batches = track(loader, description="mean of the inputs", transient=True)
     total, count = None, 0
     for batch in batches:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
         checks.tensor("each batch of loader", x)
+        if x.dim() == 0 or x.is_complex() or (total is not None and x.shape[1:] != total.shape):
+            expected = "(B, ...)" if total is None else f"(B, *{tuple(total.shape)})"
+            raise ValueError(
+                f"each batch of loader must be real, of shape {expected}, got {x.dtype} of {tuple(x.shape)}"
+            )
         part = x.sum(0, dtype=torch.float64)
         total = part if total is None else total + part
         count += x.shape[0]
