@@ -6,10 +6,13 @@ nvcc needs no GPU, and the sources no more of torch than the stable ABI's header
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import mixupe_kernels as mk
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 CAPABILITIES = (80, 90, 100)
@@ -71,3 +74,12 @@ def test_rows_are_read_16_bytes_at_a_time(build):
         if any(part in name for part in ("total_loss", "write_rows", "mix_rowsIh", "flip_rowsIh")):
             continue  # the first two take one value a row; uint8 is read 8 bytes at a time
         assert re.search(r"ld\.global\.v(4\.\w32|2\.\w64)", kernel), name
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch has nothing to link _cuda.so with")
+def test_the_library_loads():
+    """Where there is no device, the package does not load it by itself."""
+    library = Path(mk.__file__).parent / "_cuda.so"
+    load = f"import torch, mixupe_kernels; torch.ops.load_library({str(library)!r})"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
