@@ -1,51 +1,104 @@
 """Inputs and comparisons for operator tests, for any backend and device."""
 
-import torch
+from typing import NamedTuple
 
+import pytest
+import torch
+from torch import Tensor
+
+import mixupe_kernels as mk
 from mixupe_kernels import conventions
 
-# (rows, classes): one class, two, odd, a multiple of every vector width, past one block of a backend's loop.
-SHAPES = [(0, 5), (1, 1), (4, 2), (3, 7), (17, 33), (6, 1000), (2, 21841)]
 TARGETS = ["index", "mixed", "dense"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "sliced", "strided", "transposed"]
+
+
+def thorough(*values):
+    """Parameters that only fast backends are tested with: conftest.py takes them from the slow ones."""
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
+# (rows, classes): one class, two, odd, a multiple of every vector width, past one block of a backend's loop.
+SHAPES = [(0, 5), (1, 1), (4, 2), (3, 7), (17, 33), (6, 1000), *thorough((2, 21841))]
 
 
 def compute_dtype(dtype):
     return conventions.accumulate_dtype(dtype)
 
 
-def make_logits(shape, dtype, layout="contiguous", device="cpu", scale=4.0):
+def make_logits(shape, dtype, layout="contiguous", scale=4.0):
     rows, classes = shape
     if layout == "contiguous":
-        z = torch.randn(rows, classes, device=device) * scale
-        return z.to(dtype)
+        return (torch.randn(rows, classes) * scale).to(dtype)
     if layout == "sliced":  # rows of a wider tensor: the row stride is not C, and rows are unaligned
-        return (torch.randn(rows, classes + 3, device=device) * scale).to(dtype)[:, 1 : classes + 1]
+        return (torch.randn(rows, classes + 3) * scale).to(dtype)[:, 1 : classes + 1]
     if layout == "strided":  # every other row
-        return (torch.randn(2 * rows, classes, device=device) * scale).to(dtype)[::2]
+        return (torch.randn(2 * rows, classes) * scale).to(dtype)[::2]
     assert layout == "transposed"  # the last dimension is not contiguous
-    return (torch.randn(classes, rows, device=device) * scale).to(dtype).t()
+    return (torch.randn(classes, rows) * scale).to(dtype).t()
 
 
-def make_target(kind, shape, dtype, device="cpu"):
-    """(target, partner, lam) as the operators take them; λ takes the values 0 and 1, and some partners are the label."""
+def make_target(kind, shape, dtype):
+    """(labels, partner_labels, lam) as the operators take them; λ takes the values 0 and 1, and some labels are equal."""
     rows, classes = shape
-    compute = compute_dtype(dtype)
     if kind == "dense":
-        return (torch.rand(rows, classes, device=device).softmax(1).to(compute), None, None)
-    labels = torch.randint(classes, (rows,), device=device)
+        return (torch.rand(rows, classes).softmax(1).to(compute_dtype(dtype)), None, None)
+    labels = torch.randint(classes, (rows,))
     if kind == "index":
         return (labels, None, None)
-    partner = torch.randint(classes, (rows,), device=device)
-    partner[::3] = labels[::3]
-    lam = torch.rand(rows, device=device, dtype=compute)
+    partner_labels = torch.randint(classes, (rows,))
+    partner_labels[::3] = labels[::3]
+    lam = torch.rand(rows, dtype=compute_dtype(dtype))
     lam[1::4], lam[2::4] = 0, 1
-    return (labels, partner, lam)
+    return (labels, partner_labels, lam)
 
 
-def to_double(values):
-    """The same arguments with every floating-point tensor in float64."""
-    return tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
+class Computed(NamedTuple):
+    """One result of an operator by the backend in use, by the reference in float64, and by the reference in its dtype."""
+
+    actual: Tensor | None
+    truth: Tensor | None
+    peer: Tensor | None
+
+
+def _double(value):
+    """The argument as the float64 call takes it; a dtype asked for is float64 too."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8):
+        return value.double()
+    return None if isinstance(value, torch.dtype) else value
+
+
+def truth(name, *args):
+    """``torch.ops.mixupe.<name>`` of the arguments in float64, by the reference: what every backend is compared with."""
+    with mk.use_backend("reference"):
+        return getattr(torch.ops.mixupe, name)(*map(_double, args))
+
+
+def peer(name, *args):
+    """The same in the arguments' own dtypes: the error PyTorch makes there is what a backend's is compared with."""
+    with mk.use_backend("reference"):
+        return getattr(torch.ops.mixupe, name)(*args)
+
+
+def compute(name, *args):
+    """The operator's result, or tuple of results, as ``Computed``; an argument may be ``Computed`` itself."""
+
+    def of(which):
+        return [value[which] if isinstance(value, Computed) else value for value in args]
+
+    results = getattr(torch.ops.mixupe, name)(*of(0)), truth(name, *of(1)), peer(name, *of(2))
+    if isinstance(results[0], tuple):
+        return tuple(Computed(*values) for values in zip(*results, strict=True))
+    return Computed(*results)
+
+
+def check(name, *args, **tolerances):
+    """``compute``, every result within the tolerances of ``assert_accurate``."""
+    results = compute(name, *args)
+    for result in (results,) if isinstance(results, Computed) else results:
+        assert_accurate(*result, **tolerances)
+    return results
 
 
 def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0, floor=0.0):

@@ -23,7 +23,7 @@ ENVIRONMENTS = Path(os.environ.get("MIXUPE_ENVIRONMENTS") or MATRIX / "environme
 
 
 class Run(NamedTuple):
-    modules: str  # of tests; all of them if empty
+    modules: str  # of tests, or folders of them; all of them if empty
     interpreted: bool = False
 
 
@@ -33,8 +33,8 @@ class Leg(NamedTuple):
 
 
 # Operators, transforms, losses, and steps under torch.compile: what meets torch's interfaces.
-TORCH = Run("test_transforms test_ops test_loss test_linear test_training")
-TRITON = (Run("test_triton_aot"), Run("test_triton_interpreter", interpreted=True))
+TORCH = Run("ops test_transforms test_loss test_linear test_training")
+TRITON = (Run("test_triton_aot"), Run("ops test_triton_interpreter", interpreted=True))
 LEGS = {
     "torch-2.10": Leg((TORCH,)),
     "torch-2.14": Leg((Run(""), TRITON[1]), builds=True),
@@ -116,10 +116,13 @@ def install(name: str, python: Path, wheel: Path) -> Path:
 
 
 def files_of(run: Run, root: Path) -> list[Path]:
-    """The files of a run's tests, wherever below tests/ they are."""
-    found = {module: list(root.glob(f"tests/**/{module}.py")) for module in run.modules.split()}
+    """The files, or folders, of a run's tests, wherever below tests/ they are."""
+    found = {
+        module: [path for name in (module, f"{module}.py") for path in root.glob(f"tests/**/{name}")]
+        for module in run.modules.split()
+    }
     if wrong := {module: files for module, files in found.items() if len(files) != 1}:
-        raise FileNotFoundError(f"each module of the matrix must be one file, got {wrong}")
+        raise FileNotFoundError(f"each module of the matrix must be one file or folder, got {wrong}")
     return [file for (file,) in found.values()] or [root / "tests"]
 
 

@@ -1,7 +1,6 @@
-"""What needs a GPU: the operators' tests on CUDA tensors, sizes past 2^31, CUDA graphs, no synchronisation, a step.
+"""What only a GPU shows: sizes past 2^31, CUDA graphs, no synchronisation, launches, a step.
 
-``python -m bench gpu`` runs these. The functions of test_ops.py imported here run with CUDA as the default device and
-this module's backends.
+``python -m bench gpu`` runs these and, on the same device, the operators' suite (tests/ops, its tests marked ``gpu``).
 """
 
 import pytest
@@ -11,47 +10,18 @@ from torch import nn
 
 import mixupe_kernels as mk
 from bench.timing import CudaTimer
-from mixupe_kernels.ops import reference
 
-from .test_ops import (  # noqa: F401, collected here with this module's fixtures
-    test_a_flip_inside_a_box_may_be_in_place,
-    test_bce_entropy,
-    test_box_must_be_four_edges_of_images,
-    test_ce_entropy,
-    test_ce_entropy_options_and_layouts,
-    test_compiles_without_graph_breaks,
-    test_empty_batch,
-    test_extreme_logits,
-    test_flip_mixes_in_place,
-    test_gather_sum_and_row_dot,
-    test_gradcheck,
-    test_gradient_near_certainty_is_rounded_once,
-    test_gradients_of_extreme_logits,
-    test_ignored_labels_add_nothing,
-    test_ignored_rows_leave_both_means,
-    test_leading_dimensions_are_rows,
-    test_linear_detached_has_the_gradient_of_cross_entropy,
-    test_mix,
-    test_mix_inside_a_box,
-    test_mix_normalises_and_casts,
-    test_mixed_target,
-    test_mixed_target_gives_lam_its_gradient,
-    test_mixupe_loss,
-    test_mixupe_loss_layouts,
-    test_mixupe_loss_shapes_and_options,
-    test_opcheck,
-    test_weight_zero_is_not_read,
-)
+from .cases import truth
+from .conftest import ON_CUDA, serve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=ON_CUDA, ids=str)
 def backend(request):
-    if request.param not in mk.available_backends():
-        pytest.skip(f"backend {request.param} is not available: {mk.ops.backends.missing_backends()[request.param]}")
-    with mk.use_backend(request.param), torch.device("cuda"):
-        yield request.param
+    """The name of each backend of a CUDA device in turn, in use, with the device as the default one."""
+    with serve(request.param) as name:
+        yield name
 
 
 def mixed_target(rows, classes, num_mixed):
@@ -86,7 +56,7 @@ def test_mix_of_more_than_2_to_the_31_elements(backend):
     for pairing in (partner, "flip"):
         out = mk.mix(x, pairing, lam)
         pair = torch.cat([x[checked], x[partner[checked]]]).double()
-        expected = reference.mix(pair, torch.arange(5, 10), lam.double(), torch.arange(5))
+        expected = truth("mix", pair, torch.arange(5, 10), lam, torch.arange(5))
         torch.testing.assert_close(out[checked].double(), expected, rtol=2**-8, atol=1e-6)
         del out
 
@@ -101,14 +71,12 @@ def test_loss_of_more_than_2_to_the_31_logits(backend):
     labels = (target.labels, target.partner_labels, target.lam)
     few = [values[checked] for values in labels]
     outputs = torch.ops.mixupe.ce_entropy(logits, *labels)
-    truth = reference.ce_entropy(logits[checked].double(), *few)
-    for output, expected in zip(outputs, truth, strict=True):
+    exact = truth("ce_entropy", logits[checked], *few)
+    for output, expected in zip(outputs, exact, strict=True):
         torch.testing.assert_close(output[checked].double(), expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(2, rows)
     dz = torch.ops.mixupe.ce_entropy_backward(*upstream, None, logits, *outputs[1:], *labels)
-    expected = reference.ce_entropy_backward(
-        *upstream[:, checked].double(), None, logits[checked].double(), *truth[1:], *few
-    )
+    expected = truth("ce_entropy_backward", *upstream[:, checked], None, logits[checked], *exact[1:], *few)
     torch.testing.assert_close(dz[checked].double(), expected, rtol=2**-7, atol=1e-7)
     del dz
     loss, gradient = loss_and_gradient(logits.requires_grad_(), target, 0.5)

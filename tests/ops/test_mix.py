@@ -1,0 +1,158 @@
+"""mix and mix_out: pairings, layouts, dtypes, boxes, in place, against the reference in float64."""
+
+import pytest
+import torch
+
+import mixupe_kernels as mk
+
+from ..cases import DTYPES, check, compute_dtype, thorough
+
+ops = torch.ops.mixupe
+# What another order of one multiplication and one addition may change.
+TIGHT = {"factor": 1.5, "ulps": 1}
+
+
+def images_of(shape, memory_format=torch.contiguous_format):
+    return torch.zeros(shape).to(memory_format=memory_format)
+
+
+IMAGES = [
+    torch.zeros(6, 5),
+    torch.zeros(6),
+    torch.zeros(1, 3, 2),
+    torch.zeros(6, 1500),
+    torch.zeros(5, 3, 7, 9),
+    images_of((5, 3, 7, 9), torch.channels_last),
+    torch.zeros(10, 3, 8, 4)[::2],
+    torch.zeros(4, 6, 5).transpose(1, 2),
+    *thorough(
+        images_of((10, 3, 8, 4), torch.channels_last)[1::2],
+        images_of((2, 3, 4, 5, 6), torch.channels_last_3d),
+        torch.zeros(3, 40000),
+    ),
+]
+
+
+def describe(value):
+    return f"{tuple(value.shape)}/{value.stride()}" if isinstance(value, torch.Tensor) else None
+
+
+def like(image, dtype):
+    """Random values in the layout of ``image``."""
+    x = torch.empty_strided(image.shape, image.stride(), dtype=dtype)
+    return x.copy_(torch.randn(image.shape))
+
+
+def check_mix(x, partner, lam, rows=None, *more, box=None):
+    """The operator, and the same into a buffer filled with NaN. ``more``: scale, shift, dtype, memory_format."""
+    more = (*more, *[None] * (4 - len(more)))
+    result = check("mix", x, partner, lam, rows, *more, box, **TIGHT)
+    assert result.actual.stride() == result.peer.stride()
+    out = torch.full_like(result.actual, torch.nan)
+    assert ops.mix_out(x, partner, lam, rows, *more[:2], box, out=out) is None
+    assert torch.equal(out, result.actual)
+    return result
+
+
+@pytest.mark.parametrize("pairing", ["partner", "flip"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("image", IMAGES, ids=describe)
+def test_mix(backend, image, dtype, pairing):
+    x = like(image, dtype)
+    batch, compute = x.shape[0], compute_dtype(dtype)
+    partner = torch.randint(batch, (batch,)) if pairing == "partner" else None
+    per_sample = torch.rand(batch, dtype=compute)
+    per_sample[::3], per_sample[1::3] = 0, 1
+    for lam in (per_sample, *torch.tensor([0.3, 0, 1], dtype=compute)):
+        check_mix(x, partner, lam)
+    lam = torch.rand(batch + 3, dtype=compute)
+    lam[::2] = 1
+    rows = torch.randint(batch, (batch + 3,))
+    check_mix(x, None if partner is None else torch.randint(batch, (batch + 3,)), lam, rows)
+
+
+def test_mix_from_and_into_every_other_sample(backend):
+    wide, partner, lam = torch.randn(5, 2, 3, 11), torch.randint(5, (5,)), torch.rand(5)
+    for pairing in (partner, None):
+        expected = check("mix", wide[:, 1], pairing, lam, **TIGHT).actual
+        out = torch.zeros(5, 2, 3, 11)[:, 0]
+        ops.mix_out(wide[:, 1], pairing, lam, out=out)
+        assert torch.equal(out, expected)
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32, *thorough(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, *thorough(torch.float16)], ids=str)
+@pytest.mark.parametrize("input_format", FORMATS, ids=str)
+@pytest.mark.parametrize("output_format", [None, *FORMATS], ids=str)
+def test_mix_normalises_and_casts(backend, source, target, input_format, output_format):
+    x = torch.randint(256, (5, 3, 9, 7), dtype=torch.uint8).contiguous(memory_format=input_format).to(source)
+    scale, shift = torch.rand(3) / 100, torch.randn(3)
+    partner, lam, rows = torch.randint(5, (8,)), torch.rand(8), torch.randint(5, (8,))
+    lam[:2] = torch.tensor([0, 1])
+    out = check_mix(x, partner, lam, rows, scale, shift, target, output_format).actual
+    assert out.is_contiguous(memory_format=output_format or input_format)
+    check_mix(x, None, lam[:5], None, scale, shift, target, output_format)
+
+
+BOXES = {"inside": (2, 5, 1, 4), "all": (0, 9, 0, 7), "empty": (0, 0, 0, 0), "beyond": (-3, 4, 5, 99)}
+MORE_BOXES = {"a corner": (7, 9, 5, 7), "lines": (3, 4, 0, 7), "no width": (2, 5, 3, 3), "large": (5, 60, 5, 50)}
+
+
+@pytest.mark.parametrize("box", [*BOXES.values(), *thorough(*MORE_BOXES.values())], ids=[*BOXES, *MORE_BOXES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, *thorough(*DTYPES[1:])], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 3, 9, 7), *thorough((4, 2, 3, 9, 7), (3, 3, 70, 53))], ids=str)
+def test_mix_inside_a_box(backend, shape, dtype, box):
+    x = torch.randint(256, shape).to(dtype)
+    edges, batch = torch.tensor(box), shape[0]
+    normalise = (torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if dtype == torch.uint8 else (None, None)
+    target = torch.float32 if dtype == torch.uint8 else None
+    top, bottom, left, right = (max(edge, 0) for edge in box)
+    formats = {3: [None], 4: [None, torch.channels_last], 5: [None, torch.channels_last_3d]}[len(shape)]
+    for memory_format in formats:
+        images = x if memory_format is None else x.contiguous(memory_format=memory_format)
+        for partner, rows in ((torch.randint(batch, (batch,)), None), (None, None), (None, torch.randperm(batch))):
+            for lam in (torch.rand(batch), torch.ones(())):
+                arguments = (partner, lam.to(compute_dtype(dtype)), rows, *normalise)
+                out = ops.mix(images, *arguments, target, memory_format, edges)
+                expected = ops.mix(images, *arguments, target, memory_format)
+                others = ops.mix(images, partner, 0 * arguments[1], rows, *normalise, target, memory_format)
+                expected[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+                assert torch.equal(out, expected) and out.stride() == expected.stride()
+                given = torch.full_like(out, torch.nan)
+                ops.mix_out(images, *arguments, edges, out=given)
+                assert torch.equal(given, out)
+
+
+def test_a_flip_inside_a_box_may_be_in_place(backend):
+    x, lam, box = torch.randn(5, 2, 9, 7), torch.rand(5), torch.tensor([2, 5, 1, 4])
+    expected = ops.mix(x, None, lam, box=box)
+    ops.mix_out(x, None, lam, None, None, None, box, out=x)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 6])
+def test_flip_mixes_in_place(backend, batch):
+    x, lam = torch.randn(batch, 3, 110), torch.rand(batch)
+    lam[::4] = 1
+    expected = mk.mix(x, "flip", lam)
+    mk.mix(x, "flip", lam, out=x)
+    assert torch.equal(x, expected)
+
+
+def test_weight_zero_is_not_read(backend):
+    x = torch.randn(4, 50)
+    x[2:] = torch.nan
+    partner, lam = torch.tensor([2, 0, 0, 1]), torch.tensor([1.0, 0.5, 0.0, 0.0])
+    assert torch.equal(ops.mix(x, partner, lam)[[0, 2, 3]], x[[0, 0, 1]])
+    assert torch.equal(ops.mix(x, None, torch.tensor([1.0, 1, 0, 0])), x[[0, 1, 1, 0]])
+
+
+def test_an_empty_batch_or_choice_of_rows(backend):
+    x, none = torch.randn(4, 9), torch.empty(0, dtype=torch.int64)
+    half = torch.tensor(0.5)
+    assert ops.mix(x[:0], none, half).shape == (0, 9)
+    assert ops.mix(x[:0], None, half).shape == (0, 9)
+    assert ops.mix(x, none, half.expand(0), none).shape == (0, 9)
