@@ -130,6 +130,9 @@ class _Mix(Function):
     @staticmethod
     def backward(ctx, grad):
         x, partner, lam, rows, scale, box = ctx.saved_tensors
+        # The result's dtype need not be x's: neither gradient may be rounded to the narrower one on the way.
+        if scale is not None or grad.dtype != x.dtype:
+            grad = grad.to(torch.promote_types(grad.dtype, accumulate_dtype(x.dtype)))
         grad = _per_channel(grad, scale)
         count = grad.shape[0]
         sequence = torch.arange(count, device=x.device)
@@ -141,7 +144,7 @@ class _Mix(Function):
             grad = torch.where(inside, 0, whole)
         dx = dlam = None
         if ctx.needs_input_grad[0]:
-            weight = lam.expand(count)
+            weight = lam.to(accumulate_dtype(grad.dtype)).expand(count)
             terms, sums = grad, [(own, sequence, weight), (other, sequence, 1 - weight)]
             if box is not None:
                 # The partner's pixels inside the box: the one case whose backward holds the gradient three times over.
@@ -151,10 +154,11 @@ class _Mix(Function):
             order, offsets = _transpose(to, x.shape[0])
             dx = call(gather_sum_op, terms, source[order], weight[order], offsets).to(x.dtype)
         if ctx.needs_input_grad[2]:
-            values = x if x.is_floating_point() else x.to(grad.dtype)
-            grad = grad.to(values.dtype)
+            values = x.to(grad.dtype)
+            if box is not None:
+                values = torch.where(inside, 0, values)  # not read by the row that λ mixes, so it may be anything
             dlam = call(row_dot_op, grad, values, sequence, own) - call(row_dot_op, grad, values, sequence, other)
-            dlam = dlam if lam.dim() else dlam.sum()
+            dlam = (dlam if lam.dim() else dlam.sum()).to(lam.dtype)
         return dx, None, dlam, *[None] * 6
 
 
