@@ -68,7 +68,7 @@ def ce_entropy_double_backward(
         d_entropy = d_shift = None
         dy = -g_ce * v
     else:
-        log_p = z - lse.unsqueeze(1)
+        log_p = reference.log_softmax(z, lse)
         p = torch.exp(log_p)
         mass = y.sum(1, keepdim=True)
         surprise = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))  # p (log p + H)

@@ -210,8 +210,15 @@ def ce_entropy(
     log_p = z - top - log_sum
     p = torch.exp(log_p)
     entropy = -_zero_where(p == 0, p * log_p).sum(1)
-    ce = -_zero_where(y == 0, y * log_p).sum(1)
+    # In float64: added to a label's share, what smoothing gives each of many classes would be rounded away.
+    ce = -_zero_where(y == 0, y * log_p).sum(1, dtype=torch.float64).to(z.dtype)
     return ce, entropy, (top + log_sum).squeeze(1)
+
+
+def log_softmax(z: Tensor, lse: Tensor) -> Tensor:
+    """log p (N, C). What rounding took from ``lse`` (N,) is put back: under a large shift of all logits it is much."""
+    log_p = z - lse.unsqueeze(1)
+    return log_p - log_p.logsumexp(1, keepdim=True)
 
 
 def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -245,7 +252,7 @@ def ce_entropy_backward(
         variance = p * torch.sigmoid(-z)
         dz = g_ce * (p - y) + g_lse * p - g_h * _zero_where(variance == 0, z * variance)
         return dz.to(logits.dtype).contiguous()
-    log_p = z - lse.unsqueeze(1)
+    log_p = log_softmax(z, lse)
     p = torch.exp(log_p)
     from_entropy = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))
     dz = p * (g_ce * y.sum(1, keepdim=True) + g_lse) - g_h * from_entropy - g_ce * y

@@ -21,37 +21,22 @@ from .rows import (
     label_terms,
     prepare_target,
     split_sign,
+    target_tile,
     unit_columns,
     zero_where,
 )
+
+# Half an ulp of an lse up to here is at most 2^-21 of p (float32).
+LSE_IS_EXACT_TO = tl.constexpr(16.0)
 
 
 @triton.jit
 def coefficient(grad, row, inside, stride, like):
     """The gradient of one of the (N,) outputs; zero where autograd has none."""
     if grad is None:
-        return like * 0
+        return tl.zeros_like(like)
     else:
         return tl.load(grad + row * stride, mask=inside, other=0.0).to(like.dtype)
-
-
-@triton.jit
-def target_tile(
-    target, terms, place, column, valid,
-    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """y of a tile: dense, or the peaks of the labels and the smoothing by the row's share."""
-    if target.labels.dtype.element_ty.is_floating():
-        y = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
-    else:
-        own, own_share, own_peak, other, other_share, other_peak = terms
-        y = tl.where(column == own[:, None], own_peak[:, None], 0.0)
-        if target.partner is not None:
-            y += tl.where(column == other[:, None], other_peak[:, None], 0.0)
-        if LABEL_SMOOTHING != 0:
-            smoothing = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
-            y += smoothing * (own_share + other_share)[:, None]
-    return y
 
 
 @triton.jit(do_not_specialize=["n", "num_mixed"])
@@ -117,12 +102,31 @@ def row_gradient(
         g_entropy = g_q * 0 if PENALTY == 2 else g_q
     # A label out of range makes its row NaN, whatever its gradient.
     g_ce = tl.where(kept == kept, g_ce, kept)
+    if SIGMOID:
+        g_p = g_lse
+    else:
+        g_p = g_ce * mass + g_lse
+        # lse is rounded, under a large shift of all logits by more than p may be: Σ e^(z - lse) is what 1 became.
+        if tl.max(tl.abs(lse), 0) > LSE_IS_EXACT_TO:
+            total = tl.zeros((ROWS,), ACC)
+            for start in tl.range(0, C, BLOCK, num_stages=1):
+                step = (start + tl.arange(0, BLOCK))[None, :]
+                valid = inside[:, None] & (step < body[:, None])
+                z = tl.load(logits + (offset[:, None] + step), mask=valid, other=float("-inf")).to(ACC)
+                total += tl.sum(tl.exp(z - lse[:, None]), 1)
+            if PEEL:
+                edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
+                total += tl.sum(tl.exp(edge_z - lse[:, None]), 1)
+            total = tl.where(inside, total, 1.0)
+            g_p /= total
+            g_entropy /= total
+            entropy -= tl.log(total)
 
     if PEEL:
         edge_valid = edge_valid & (first == 0)
         edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
         edge_y = target_tile(target, terms, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
-        edge_dz = gradient_tile(edge_z, edge_y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID)
+        edge_dz = gradient_tile(edge_z, edge_y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID)
         tl.store(out + (edge_place + out_shift), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
     for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
         step = (first + start + tl.arange(0, BLOCK))[None, :]
@@ -131,7 +135,7 @@ def row_gradient(
         column = head[:, None] + step
         z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
         y = target_tile(target, terms, place + target_shift, column, valid, C, LABEL_SMOOTHING, ACC)
-        dz = gradient_tile(z, y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID)
+        dz = gradient_tile(z, y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID)
         tl.store(out + (place + out_shift), dz.to(out.dtype.element_ty), mask=valid)
 
 

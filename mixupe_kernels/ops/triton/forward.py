@@ -26,6 +26,7 @@ from .rows import (
     q_hat,
     quotient,
     sign_entropy,
+    target_tile,
     unit_columns,
     zero_where,
 )
@@ -53,20 +54,18 @@ def finish_rows(
         entropy, lse = log_sum - quotient(weighted, total), top + log_sum
     if DENSE:
         kept = (row * 0 + 1).to(ACC)
-        ce = lse - linear if SIGMOID else mass * zero_where(mass == 0, log_sum) - linear
+        ce = linear if SIGMOID else mass * zero_where(mass == 0, log_sum) - linear
     else:
         own, own_share, own_peak, other, other_share, other_peak = label_terms(
             target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC
         )
         kept = own_share + other_share
-        start = row.to(tl.int64) * STRIDE
-        own_z = tl.load(logits + start + own, mask=own >= 0, other=0.0).to(ACC)
-        other_z = tl.load(logits + start + other, mask=other >= 0, other=0.0).to(ACC)
         if SIGMOID:
-            ce = lse - own_peak * zero_where(own_peak == 0, own_z) - other_peak * zero_where(other_peak == 0, other_z)
-            if LABEL_SMOOTHING != 0:
-                ce -= kept * zero_where(kept == 0, linear)
+            ce = tl.where(kept == kept, linear, kept)
         else:
+            start = row.to(tl.int64) * STRIDE
+            own_z = tl.load(logits + start + own, mask=own >= 0, other=0.0).to(ACC)
+            other_z = tl.load(logits + start + other, mask=other >= 0, other=0.0).to(ACC)
             # log_sum - (z - top), never lse - z: the large common part of the logits cancels first.
             ce = own_peak * zero_where(own_peak == 0, log_sum - (own_z - anchor))
             ce += other_peak * zero_where(other_peak == 0, log_sum - (other_z - anchor))
@@ -118,6 +117,9 @@ def row_stats(
     offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
     target_shift = row.to(tl.int64) * (TARGET_STRIDE - STRIDE)
     first = tl.program_id(1) * SPAN
+    terms = None
+    if SIGMOID and not DENSE:
+        terms = label_terms(target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC)
 
     top = tl.full((ROWS,), float("-inf"), ACC)
     total = tl.zeros((ROWS,), ACC)
@@ -130,8 +132,11 @@ def row_stats(
         place = offset[:, None] + step
         z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
         y = z
-        if HAS_DENSE:
-            y = dense_tile(target, place + target_shift[:, None], head[:, None] + step, valid, C, LABEL_SMOOTHING, ACC)
+        column, y_place = head[:, None] + step, place + target_shift[:, None]
+        if SIGMOID:
+            y = target_tile(target, terms, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
+        elif HAS_DENSE:
+            y = dense_tile(target, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
         top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
     if PEEL:
         column, valid = edge_columns(head, body, C, VEC)
@@ -139,8 +144,11 @@ def row_stats(
         place = (row.to(tl.int64) * STRIDE)[:, None] + column
         z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
         y = z
-        if HAS_DENSE:
-            y = dense_tile(target, place + target_shift[:, None], column, valid, C, LABEL_SMOOTHING, ACC)
+        y_place = place + target_shift[:, None]
+        if SIGMOID:
+            y = target_tile(target, terms, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
+        elif HAS_DENSE:
+            y = dense_tile(target, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
         top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
 
     if states is None:
@@ -155,7 +163,7 @@ def row_stats(
         tl.store(state, top, mask=inside)
         tl.store(state + plane, total, mask=inside)
         tl.store(state + 2 * plane, weighted, mask=inside)
-        if HAS_DENSE:
+        if HAS_DENSE or SIGMOID:
             tl.store(state + 3 * plane, linear, mask=inside)
             tl.store(state + 4 * plane, mass, mask=inside)
 
@@ -191,7 +199,7 @@ def merge_stats(
         move = anchor_of(part_top) - anchor
         total = tl.sum(decay * part_total, 1)
         weighted = tl.sum(decay * (part_weighted + move * part_total), 1)
-    if HAS_DENSE:
+    if HAS_DENSE or SIGMOID:
         part_linear = tl.load(state + 3 * plane, mask=mask, other=0.0)
         part_mass = tl.load(state + 4 * plane, mask=mask, other=0.0)
         mass = tl.sum(part_mass, 1)

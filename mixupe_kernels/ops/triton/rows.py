@@ -125,6 +125,25 @@ def dense_tile(
     return tl.where(valid, y, 0.0)
 
 
+@triton.jit
+def target_tile(
+    target, terms, place, column, valid,
+    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y of a tile: dense, or the peaks of the labels and the smoothing by the row's share."""
+    if target.labels.dtype.element_ty.is_floating():
+        y = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
+    else:
+        own, own_share, own_peak, other, other_share, other_peak = terms
+        y = tl.where(column == own[:, None], own_peak[:, None], 0.0)
+        if target.partner is not None:
+            y += tl.where(column == other[:, None], other_peak[:, None], 0.0)
+        if LABEL_SMOOTHING != 0:
+            smoothing = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
+            y += smoothing * (own_share + other_share)[:, None]
+    return y
+
+
 # Forward
 
 
@@ -160,15 +179,15 @@ def fold(top, total, weighted, linear, mass, z, y, HAS_DENSE: tl.constexpr, SIGM
     """The state of each row with one more tile in it.
 
     Softmax: top = max z, total = Σ e^(z - top), weighted = Σ e^(z - top) (z - top), linear = Σ y (z - top), mass = Σ y.
-    Sigmoid: total = Σ softplus(z), weighted = Σ H, linear = Σ y z.
+    Sigmoid: total = Σ softplus(z), weighted = Σ H, linear = Σ softplus(z) - y z: of two sums the difference would cancel.
     """
     if SIGMOID:
         e = tl.exp(-tl.abs(z))
         log1p_e = log1p_of(e)
-        total += tl.sum(tl.maximum(z, 0.0) + log1p_e, 1)
+        softplus = tl.maximum(z, 0.0) + log1p_e
+        total += tl.sum(softplus, 1)
         weighted += tl.sum(log1p_e + zero_where(e == 0, tl.abs(z)) * e / (1 + e), 1)
-        if HAS_DENSE:
-            linear += tl.sum(y * zero_where(y == 0, z), 1)
+        linear += tl.sum(softplus - y * zero_where(y == 0, z), 1)
     else:
         new_top = tl.maximum(top, tl.max(z, 1))
         anchor = anchor_of(new_top)
@@ -214,20 +233,21 @@ def split_sign(signed):
 
 
 @triton.jit
-def gradient_tile(z, y, mass, g_ce, g_entropy, g_lse, entropy, lse, SIGMOID: tl.constexpr):
-    """dz of a tile: the label columns are subtracted here, in the accumulation dtype, before the one store.
+def gradient_tile(z, y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID: tl.constexpr):
+    """dz of a tile; g_p, g_ce·Σy + g_lse (of sigmoids g_lse alone), multiplies p.
 
-    Read back and corrected in bfloat16, a gradient whose p rounds to 1 would be lost altogether.
+    The label columns are subtracted here, in the accumulation dtype, before the one store: read back and corrected in
+    bfloat16, a gradient whose p rounds to 1 would be lost altogether.
     """
-    g_ce, g_entropy, g_lse = g_ce[:, None], g_entropy[:, None], g_lse[:, None]
+    g_ce, g_entropy, g_p = g_ce[:, None], g_entropy[:, None], g_p[:, None]
     if SIGMOID:
         e = tl.exp(-tl.abs(z))
         small = 1 / (1 + e)
         p = tl.where(z >= 0, small, e * small)
         variance = e * small * small
-        return g_ce * (p - y) + g_lse * p - g_entropy * variance * zero_where(variance == 0, z)
+        return g_ce * (p - y) + g_p * p - g_entropy * variance * zero_where(variance == 0, z)
     else:
         log_p = z - lse[:, None]
         p = tl.exp(log_p)
         from_entropy = p * zero_where(p == 0, log_p + entropy[:, None])
-        return p * (g_ce * mass[:, None] + g_lse) - g_entropy * from_entropy - g_ce * y
+        return p * g_p - g_entropy * from_entropy - g_ce * y
