@@ -7,7 +7,7 @@
 """
 
 from .batch import pairing, sampling
-from .batch.forward import forward_mixupe
+from .batch.batch_norm import forward_mixupe, split_batch_norm
 from .batch.manifold import ManifoldMixup
 from .batch.mixup import Mixup, MixupE
 from .batch.sampling import expected_a_lambda
@@ -49,5 +49,6 @@ __all__ = [
     "pairing",
     "q_hat",
     "sampling",
+    "split_batch_norm",
     "use_backend",
 ]

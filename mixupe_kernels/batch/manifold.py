@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import checks, ops
 from ..target import MixedTarget, check_ids, check_labels
+from .batch_norm import tell, telling
 from .mixup import Mixup
 from .plan import Draw
 
@@ -117,7 +118,8 @@ class ManifoldMixup:
 
     Calling it with ``x`` (or a tuple or dict of inputs, passed as ``model(*x)`` or ``model(**x)``) and ``labels``,
     (B,) int64 or (B, C) soft, returns ``(logits, MixedTarget)``, (N, C) of N rows; ``layer`` then is the name picked.
-    Only calls through it mix: ``model(x)`` is the model unchanged.
+    Only calls through it mix: ``model(x)`` is the model unchanged. The layers of :func:`split_batch_norm` are told here which
+    of their rows are mixed: none before the layer, those of the target after it.
     """
 
     def __init__(
@@ -161,14 +163,21 @@ class ManifoldMixup:
         self.layer = self.layers[int(torch.randint(len(self.layers), (), generator=self.generator))]
         if self.layer == INPUT:
             x, target = self.mixup_fn(x, labels, ids=ids)
-            return self._forward(x), target
+            return self._forward(x, target.num_mixed, target.labels), target
         if not self.mixup_fn.transform.is_identity:
             x, _ = self.mixup_fn.plain(x, labels)
         draw = self.mixup_fn.draw(labels, ids=ids)
         module, compiled = self._find(self.layer)
-        mixing = _Mixing(self.model, module, lambda output: self._mixed(draw, output, labels))
+
+        def mix(output: Any) -> Tensor:
+            mixed = self._mixed(draw, output, labels)
+            if not ops.in_backward():
+                tell(mixed, draw.target.num_mixed)
+            return mixed
+
+        mixing = _Mixing(self.model, module, mix)
         with mixing, torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
-            logits = self._forward(x)
+            logits = self._forward(x, 0, labels)
         if not mixing.calls:
             raise RuntimeError(f"layers must run in the model's forward, but {self.layer!r} did not")
         mixing.follow(logits)
@@ -190,7 +199,8 @@ class ManifoldMixup:
         checks.same_device(name, output, "labels", labels)
         return self.mixup_fn.apply(draw, output)
 
-    def _forward(self, x: Tensor | Sequence | Mapping) -> Any:
-        if isinstance(x, Mapping):
-            return self.model(**x)
-        return self.model(*x) if isinstance(x, (tuple, list)) else self.model(x)
+    def _forward(self, x: Tensor | Sequence | Mapping, num_mixed: int, labels: Tensor) -> Any:
+        with telling(labels, num_mixed):
+            if isinstance(x, Mapping):
+                return self.model(**x)
+            return self.model(*x) if isinstance(x, (tuple, list)) else self.model(x)

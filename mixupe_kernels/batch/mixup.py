@@ -365,8 +365,8 @@ class Mixup:
 class MixupE(Mixup):
     """The batch of MixupE (Zou et al., UAI 2023): mixup's rows, then the clean rows its regularizer is taken on.
 
-    The model sees one batch, so BatchNorm sees both kinds of rows in it. What each policy costs a step that is bound by
-    throughput, against mixup, and what it estimates:
+    The model sees one batch, so BatchNorm sees both kinds of rows in it: :func:`split_batch_norm` keeps them apart. What
+    each policy costs a step that is bound by throughput, against mixup, and what it estimates:
 
     ======================================  =============  =========================================================
     policy                                  cost           regularizer

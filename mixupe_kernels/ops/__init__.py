@@ -9,7 +9,7 @@ from .losses import (
     mixupe_loss_op,
 )
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import below_autograd, call, in_backward, operators
+from .registration import below_autograd, call, in_backward, operators, transforms_active
 
 __all__ = [
     "MixupELossWithGradient",
@@ -27,4 +27,5 @@ __all__ = [
     "mixupe_loss_backward_out_op",
     "mixupe_loss_op",
     "operators",
+    "transforms_active",
 ]

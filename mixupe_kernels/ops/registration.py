@@ -132,6 +132,11 @@ def operators() -> list[str]:
     return [name for name in vars(torch.ops.mixupe) if callable(getattr(reference, name, None))]
 
 
+def transforms_active() -> bool:
+    """Whether a transform of torch.func is active: an ``autograd.Function`` then has to be written for it."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def in_backward() -> bool:
     """Whether this thread is running a backward pass. Nothing public tells it; torch.utils.checkpoint asks the same way."""
     return torch._C._current_graph_task_id() != -1
