@@ -6,8 +6,9 @@ Only shapes, dtypes, devices and Python numbers are looked at here: values of te
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,12 +43,13 @@ def positive_int(name: str, value) -> int:
     return integer(name, value, 1)
 
 
-def integer(name: str, value, lowest: int) -> int:
+def integer(name: str, value, lowest: int | None = None) -> int:
     """``value`` as an int if it is a whole number, NumPy's among them, of at least ``lowest``, else TypeError or ValueError."""
+    expected = "an int" if lowest is None else f"an int >= {lowest}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int >= {lowest}, got {type(value).__name__} {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name} must be an int >= {lowest}, got {value}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
+    if lowest is not None and value < lowest:
+        raise ValueError(f"{name} must be {expected}, got {value}")
     return int(value)
 
 
@@ -94,28 +96,26 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-_VALUE_MESSAGE = re.compile(
-    r"\b(labels|partner_labels|partner|rows|lam|index|a_index|b_index) must be |out must not overlap "
-)
-# What the public functions call an operator's argument.
-_PUBLIC_NAMES = {"labels": "target", "partner_labels": "target"}
+# "labels must be a class in [0, 9], got 12", after whatever a compiled backend puts before it.
+_COMPLAINT = re.compile(r"\b([a-z_]+)( must (?:be|have|not) .*)")
 
 
-def translate(error: RuntimeError) -> Exception:
-    """A compiled backend can only raise RuntimeError: make one about a tensor's values the ValueError it stands for."""
+def translate(error: Exception, names: Mapping[str, str] = MappingProxyType({})) -> Exception:
+    """An operator's complaint about an argument as the ValueError or TypeError it stands for; other errors as they are.
+
+    A compiled backend can only raise RuntimeError. ``names`` are the public names of arguments.
+    """
     first_line = str(error).splitlines()[0] if str(error) else ""
-    found = _VALUE_MESSAGE.search(first_line)
-    if not found:
+    found = _COMPLAINT.search(first_line)
+    if found is None or type(error) not in (RuntimeError, TypeError, ValueError):
         return error
-    name, rest = first_line[found.start() :].split(" ", 1)
-    return ValueError(f"{_PUBLIC_NAMES.get(name, name)} {rest}")
+    kind = TypeError if isinstance(error, TypeError) or found[2].startswith(" must have dtype ") else ValueError
+    return kind(names.get(found[1], found[1]) + found[2])
 
 
-def has_tangent(*values: object) -> bool:
-    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating one of the values."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
-    )
+def has_tangent(value: Tensor) -> bool:
+    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating the value."""
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def no_gradient(destination: str, **tensors: Tensor) -> None:

@@ -1,12 +1,39 @@
-"""What every room agrees on: dtypes, layouts, names, and small constant tensors."""
+"""What every room agrees on: dtypes, layouts, penalties, and small constant tensors."""
 
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
-PENALTIES = ("abs", "threshold", "linear_detached")
+
+
+class Penalty(NamedTuple):
+    """What R averages: a function of (q̂, threshold), and its slope, the derivative in q̂ that the backward uses.
+
+    A slope is -1, 0 or 1 for every q̂ but NaN: a loss keeps it for its backward as the sign of the entropy
+    (``reference.sign_entropy``). With ``detached``, p is a constant in q̂ = (y - p)ᵀz.
+    """
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+    detached: bool = False
+
+
+# Name → penalty. Operators take its number, the place here; the same rows are in ops/triton/rows.py and csrc/.
+PENALTIES: dict[str, Penalty] = {
+    "abs": Penalty(lambda q, threshold: q.abs(), lambda q, threshold: q.sign()),
+    "threshold": Penalty(
+        lambda q, threshold: torch.where(q >= threshold, 0.0, -q), lambda q, threshold: -(q < threshold).to(q.dtype)
+    ),
+    "linear_detached": Penalty(lambda q, threshold: -q, lambda q, threshold: -torch.ones_like(q), detached=True),
+}
+
+
+def penalty_of(number: int) -> Penalty:
+    """The penalty that an operator's number stands for."""
+    return tuple(PENALTIES.values())[number]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,19 +67,26 @@ _LIMIT = 128  # entries: a few for each batch size in use
 _tensors: dict[Hashable, Tensor] = {}
 
 
-def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, or what it returned for ``key`` before. Callers must not write to it, nor hand it out."""
-    # The compiler folds it, or keeps it in the graph; under a transform of torch.func it belongs to the transform.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return make()
-    found = _tensors.get(key)
+def kept(cache: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, or what it returned for ``key`` before."""
+    if torch.compiler.is_compiling():
+        return make()  # the compiler folds it, or keeps it in the graph
+    found = cache.get(key)
     if found is None:
         with torch.inference_mode(False):  # autograd refuses to save tensors made in inference mode
             found = make()
-        if len(_tensors) >= _LIMIT:
-            _tensors.clear()
-        _tensors[key] = found
+        if len(cache) >= _LIMIT:
+            cache.clear()
+        # A tensor made under a transform of torch.func belongs to the transform.
+        if torch.func.debug_unwrap(found) is found:
+            cache[key] = found
     return found
+
+
+def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, or what it returned for ``key`` and the default dtype before. Callers must not write to it, nor hand it
+    out."""
+    return kept(_tensors, (key, torch.get_default_dtype()), make)
 
 
 def sequence(size: int, device: torch.device) -> Tensor:

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
-from .conventions import IGNORE_INDEX, accumulate_dtype, check_range
-from .ops import reference
+from . import checks, ops
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, constant
+from .ops import RowOptions, RowTarget, reference
 
 
 class MixedTarget(NamedTuple):
@@ -152,8 +152,9 @@ def _dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int
         return soft * (1 - label_smoothing) + label_smoothing / num_classes
     rows = labels.new_empty((labels.shape[0], num_classes), dtype=torch.float32, device=labels.device)
     lam = lam.expand(labels.shape[0])
-    reference.check_classes(labels, partner_labels, num_classes, IGNORE_INDEX)
-    return reference.dense_target(rows, labels, partner_labels, lam, None, label_smoothing)
+    target = RowTarget(labels, partner_labels, lam)
+    target.check_values(num_classes, IGNORE_INDEX)
+    return reference.dense_target(rows, target, RowOptions(label_smoothing=label_smoothing))
 
 
 def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
@@ -231,75 +232,171 @@ def mix_labels(
     return _dense(labels, labels[partner], lam, num_classes, label_smoothing)
 
 
-class Target(NamedTuple):
-    """A target as the operators take it: (N,) indices, two of them with ``lam``, or dense (N, C)."""
+class Parsed(NamedTuple):
+    """Logits (N, C) and their target as the operators take them, with the rows of L_mix, the rows of R, and w."""
 
-    target: Tensor
-    partner: Tensor | None = None
-    lam: Tensor | None = None
-
-
-def _needs_nothing(labels, partner, lam, logits: Tensor) -> bool:
-    """Whether a MixedTarget already is what the operators take: the case of every step, so it is asked first (2 µs)."""
-    return (
-        isinstance(labels, Tensor)
-        and isinstance(partner, Tensor)
-        and isinstance(lam, Tensor)
-        and labels.dtype is partner.dtype is torch.int64
-        and lam.dtype is accumulate_dtype(logits.dtype)
-        and labels.shape == partner.shape == lam.shape == logits.shape[:-1]
-        and labels.dim() == 1
-        and labels.device == partner.device == lam.device == logits.device
-    )
+    rows: Tensor
+    target: RowTarget
+    num_mixed: int
+    num_reg: int
+    reg_weight: Tensor | float
 
 
-def as_target(target: Tensor | tuple, logits: Tensor, name: str = "target") -> Target:
-    """Check a MixedTarget, class indices or soft targets against ``logits`` (..., C), and flatten to rows.
+def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed:
+    """Logits (..., C) and what stands for their target, flattened to rows; every form of the loss begins here.
 
-    Soft labels of a MixedTarget are mixed here, λ·labels + (1 - λ)·partner_labels: one (N, C) tensor.
+    ``target`` is a MixedTarget, or for plain cross-entropy on every row class indices, soft targets, or (labels,
+    partner_labels, lam). The operators check devices, dtypes, values and the shapes of rows; checked here is what they do not
+    see: the shapes of what is flattened. Soft labels are mixed here: one (N, C) tensor.
     """
-    compute, leading = accumulate_dtype(logits.dtype), logits.shape[:-1]
-    if not isinstance(target, tuple):
-        checks.tensor(name, target)
-        checks.same_device(name, target, "logits", logits)
-        if target.is_floating_point():
-            checks.shape(name, target, logits.shape)
-            return Target(target.to(compute).reshape(-1, logits.shape[-1]))
-        checks.dtype(name, target, (torch.int64,))
-        checks.shape(name, target, leading)
-        return Target(target.reshape(-1))
-    labels, partner, lam = target[:3]
-    if _needs_nothing(labels, partner, lam, logits):
-        return Target(labels, partner, lam)
-    for part, value in ((f"{name}.labels", labels), (f"{name}.partner_labels", partner), (f"{name}.lam", lam)):
-        checks.tensor(part, value)
-        checks.same_device(part, value, "logits", logits)
-    checks.shape(f"{name}.partner_labels", partner, labels.shape)
-    checks.shape(f"{name}.lam", lam, labels.shape[:1])
-    lam = lam.to(compute)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if class_dim != -1:
+        logits, target = _classes_last(logits, target, class_dim)
+    rows = logits if logits.dim() == 2 else as_rows(logits)
+    count = rows.shape[0]
+    if isinstance(target, Tensor):
+        return Parsed(rows, _plain_target(target, logits), count, 0, 0.0)
+    if isinstance(target, MixedTarget):
+        labels, partner_labels, lam = target.labels, target.partner_labels, target.lam
+        num_mixed, num_reg, reg_weight = target.num_mixed, target.num_reg, target.reg_weight
+        if logits.dim() != 2 or not type(num_mixed) is type(num_reg) is int:
+            num_mixed, num_reg = _row_counts(target, logits, count)
+    else:
+        labels, partner_labels, lam = _triple(target)
+        num_mixed, num_reg, reg_weight = count, 0, 0.0
+    compute = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    if not (type(labels) is type(partner_labels) is type(lam) is Tensor and lam.dtype is compute):
+        lam = _check_parts(labels, partner_labels, lam).to(compute)
     if labels.is_floating_point():
-        checks.shape(f"{name}.labels", labels, logits.shape)
-        weight = lam.view(-1, *[1] * (labels.dim() - 1))
-        mixed = torch.lerp(partner.to(compute), labels.to(compute), weight)
-        return Target(mixed.reshape(-1, logits.shape[-1]))
-    checks.dtype(f"{name}.labels", labels, (torch.int64,))
-    checks.dtype(f"{name}.partner_labels", partner, (torch.int64,))
-    checks.shape(f"{name}.labels", labels, leading)
-    if labels.dim() > 1:
-        lam = lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
-    return Target(labels.reshape(-1), partner.reshape(-1), lam.reshape(-1))
+        row_target = RowTarget(_mixed_soft_labels(labels, partner_labels, lam, logits).reshape(-1, rows.shape[1]))
+    elif logits.dim() == 2:
+        row_target = RowTarget(labels, partner_labels, lam)
+    else:
+        checks.shape("target.labels", labels, logits.shape[:-1])
+        checks.shape("target.partner_labels", partner_labels, labels.shape)
+        row_target = RowTarget(labels.reshape(-1), partner_labels.reshape(-1), _lam_of(lam, labels).reshape(-1))
+    return Parsed(rows, row_target, num_mixed, num_reg, reg_weight)
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """Check ``logits`` (..., C) and view them as (N, C)."""
-    checks.tensor("logits", logits)
-    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}")
-    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return logits.reshape(-1, logits.shape[-1])
 
 
-def as_multilabel(target: Target) -> Target:
-    if target.target.dim() != 2:
+def _classes_last(logits: Tensor, target: Tensor | tuple, class_dim: int) -> tuple[Tensor, Tensor | tuple]:
+    """The logits, and soft labels with them, with their dimension of classes moved to the end."""
+    if not -logits.dim() <= class_dim < logits.dim():
+        raise ValueError(
+            f"class_dim must be a dimension of the logits, of shape {tuple(logits.shape)}, got {class_dim}"
+        )
+
+    def moved(labels):
+        soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == logits.dim()
+        return labels.movedim(class_dim, -1) if soft else labels
+
+    if isinstance(target, MixedTarget):
+        both = {"labels": moved(target.labels), "partner_labels": moved(target.partner_labels)}
+        target = target._replace(**both)
+    elif isinstance(target, Tensor):
+        target = moved(target)
+    elif isinstance(target, tuple | list):
+        target = tuple(map(moved, target))
+    return logits.movedim(class_dim, -1), target
+
+
+def _plain_target(target: Tensor, logits: Tensor) -> RowTarget:
+    if target.is_floating_point():
+        checks.shape("target", target, logits.shape)
+        return RowTarget(target.to(accumulate_dtype(logits.dtype)).reshape(-1, logits.shape[-1]))
+    if logits.dim() != 2:
+        checks.shape("target", target, logits.shape[:-1])
+    return RowTarget(target.reshape(-1) if target.dim() > 1 and logits.dim() != 2 else target)
+
+
+def _triple(target: Any) -> tuple:
+    """(labels, partner_labels, lam), where λ may be one number for all samples."""
+    if not isinstance(target, tuple | list) or len(target) != 3:
+        found = type(target).__name__ + (f" of {len(target)}" if isinstance(target, tuple | list) else "")
+        raise TypeError(f"target must be a MixedTarget, a tensor or (labels, partner_labels, lam), got {found}")
+    labels, partner_labels, lam = target
+    checks.tensor("target.labels", labels)
+    if not isinstance(lam, Tensor):
+        lam = torch.tensor(checks.fraction("target.lam", lam), dtype=torch.float64, device=labels.device)
+    return labels, partner_labels, lam.expand(labels.shape[:1]) if lam.dim() == 0 else lam
+
+
+def _check_parts(labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
+    """λ, of a dtype that converts to the operators'."""
+    for name, part in (("labels", labels), ("partner_labels", partner_labels), ("lam", lam)):
+        checks.tensor(f"target.{name}", part)
+    if lam.is_complex():
+        raise TypeError(f"target.lam must have a real dtype, got {lam.dtype}")
+    return lam
+
+
+def _row_counts(target: MixedTarget, logits: Tensor, rows: int) -> tuple[int, int]:
+    """The rows of L_mix and of R, each sample being as many rows as the logits have between N and C."""
+    counts, batch = [], logits.shape[0]
+    for name, count in (("num_mixed", target.num_mixed), ("num_reg", target.num_reg)):
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise TypeError(f"target.{name} must be an int, got {type(count).__name__} {count!r}")
+        if not 0 <= count <= batch:
+            raise ValueError(f"target.{name} must be in [0, {batch}], got {count}")
+        counts.append(count * (rows // batch) if batch else 0)
+    return tuple(counts)
+
+
+def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:
+    """λ of each label (B, ...) from one a sample, (B,), or from one a label."""
+    if lam.shape == labels.shape:
+        return lam
+    checks.shape("target.lam", lam, labels.shape[:1])
+    return lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
+
+
+def _mixed_soft_labels(labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor) -> Tensor:
+    checks.shape("target.labels", labels, logits.shape)
+    checks.shape("target.partner_labels", partner_labels, labels.shape)
+    checks.same_device("target.lam", lam, "logits", logits)
+    checks.same_device("target.partner_labels", partner_labels, "logits", logits)
+    if not torch.compiler.is_compiling() and not ops.is_transformed(lam):  # neither has values to look at
+        check_range("target.lam", lam, 0, 1, "in [0, 1]")
+    weight = _lam_of(lam, labels[..., 0]).unsqueeze(-1)
+    return torch.lerp(partner_labels.to(lam.dtype), labels.to(lam.dtype), weight)
+
+
+def is_learned(target: RowTarget) -> bool:
+    """Whether the target is differentiated, too."""
+    lam = target.lam
+    return (target.labels.requires_grad or (lam is not None and lam.requires_grad)) and torch.is_grad_enabled()
+
+
+def check_multilabel(target: RowTarget) -> None:
+    if not target.labels.is_floating_point():
         raise TypeError("target must be floating point (..., C) for a sigmoid model, got class indices")
-    return target
+
+
+def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A non-negative number as a 0-d tensor of the compute dtype beside ``like``."""
+    compute, device = accumulate_dtype(like.dtype), like.device
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: the loss is not differentiable in it")
+        if value.is_complex():
+            raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
+        return value.to(device, compute, non_blocking=True)
+    value = checks.non_negative(name, value)
+    return constant(("scalar", value, compute, device), lambda: torch.full((), value, dtype=compute, device=device))
+
+
+_MIXED_NAMES = {name: f"target.{name}" for name in MixedTarget._fields}
+_PLAIN_NAMES = {"labels": "target"}
+
+
+def renamed(error: Exception, target: Tensor | tuple) -> Exception:
+    """An operator's complaint as one about the part of the public ``target`` that it means."""
+    return checks.translate(error, _PLAIN_NAMES if isinstance(target, Tensor) else _MIXED_NAMES)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import mixupe_kernels as mk
 from mixupe_kernels import conventions
-from mixupe_kernels.ops import reference
+from mixupe_kernels.ops import RowGradients, RowOptions, RowStats, RowTarget, reference
 
 from .cases import make_target
 
@@ -37,13 +37,15 @@ def test_ce_entropy_is_the_formula(logits, kind, smoothing):
     p = logits.softmax(1)
     expected_ce, expected_entropy = -(y * p.log()).sum(1), -(p * p.log()).sum(1)
     expected_lse = logits.exp().sum(1).log()
-    ce, entropy, lse = reference.ce_entropy(logits, *target, None, smoothing)
+    target, options = RowTarget(*target), RowOptions(label_smoothing=smoothing)
+    ce, entropy, lse = reference.ce_entropy(logits, target, options)
     torch.testing.assert_close(ce, expected_ce)
     torch.testing.assert_close(entropy, expected_entropy)
     torch.testing.assert_close(lse, expected_lse)
     upstream = torch.randn(3, ROWS, dtype=torch.float64)
     (expected,) = torch.autograd.grad((expected_ce, expected_entropy, expected_lse), logits, tuple(upstream))
-    actual = reference.ce_entropy_backward(*upstream, logits, entropy, lse, *target, None, smoothing)
+    stats = RowStats(entropy, lse)
+    actual = reference.ce_entropy_backward(RowGradients(*upstream), logits, stats, target, options)
     torch.testing.assert_close(actual, expected)
 
 
@@ -53,14 +55,16 @@ def test_sigmoid_ce_entropy_is_the_formula(logits):
     expected_ce = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1)
     expected_entropy = -(sigma * sigma.log() + (1 - sigma) * (1 - sigma).log()).sum(1)
     expected_partition = F.softplus(logits).sum(1)
-    ce, entropy, partition = reference.ce_entropy(logits, y, sigmoid=True)
+    target, options = RowTarget(y), RowOptions(sigmoid=True)
+    ce, entropy, partition = reference.ce_entropy(logits, target, options)
     torch.testing.assert_close(ce, expected_ce)
     torch.testing.assert_close(entropy, expected_entropy)
     torch.testing.assert_close(partition, expected_partition)
     torch.testing.assert_close(entropy - ce, ((y - sigma) * logits).sum(1))
     upstream = torch.randn(3, ROWS, dtype=torch.float64)
     (expected,) = torch.autograd.grad((expected_ce, expected_entropy, expected_partition), logits, tuple(upstream))
-    actual = reference.ce_entropy_backward(*upstream, logits, entropy, partition, y, sigmoid=True)
+    stats = RowStats(entropy, partition)
+    actual = reference.ce_entropy_backward(RowGradients(*upstream), logits, stats, target, options)
     torch.testing.assert_close(actual, expected)
 
 

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, ops
-from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype
-from ..ops import reference
-from ..target import Target, as_multilabel, as_target
-from .criterion import _count_rows, _Options, _scalar
+from ..conventions import PENALTIES, accumulate_dtype
+from ..ops import LossStats, RowGradients, RowOutputs, RowStats, RowTarget, reference
+from ..target import as_scalar, check_multilabel, is_learned, parse, renamed
+from .composed import composed_loss
+from .options import Options
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
 # speed, small beside any model.
@@ -19,8 +20,8 @@ def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _of_chunk(target: Target, chunk: slice) -> tuple[Tensor | None, ...]:
-    return tuple(None if part is None else part[chunk] for part in target)
+def _of_chunk(target: RowTarget, chunk: slice) -> RowTarget:
+    return RowTarget(*(None if part is None else part[chunk] for part in target))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -33,23 +34,20 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, partner, lam, eta, reg_weight, dtype, chunk_rows, options):
-        target = Target(target, partner, lam)
-        *_, smoothing, sigmoid = options
+    def forward(ctx, hidden, weight, bias, target, arguments, dtype, chunk_rows):
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         count, classes = hidden.shape[0], weight.shape[0]
         buffer = hidden.new_empty((min(chunk_rows, count), classes), dtype=dtype)
-        rows = [hidden.new_empty(count, dtype=accumulate_dtype(dtype)) for _ in range(3)]
+        rows = RowOutputs(*(hidden.new_empty(count, dtype=accumulate_dtype(dtype)) for _ in range(3)))
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(count, chunk_rows):
                 logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
-                row_options = (None, smoothing, IGNORE_INDEX, sigmoid)
-                outputs = ops.call(ops.ce_entropy_op, logits, *_of_chunk(target, chunk), *row_options)
+                outputs = ops.ce_entropy(logits, _of_chunk(target, chunk), arguments.of_rows)
                 for row, output in zip(rows, outputs, strict=True):
                     row[chunk] = output
-        loss, parts, signed_entropy = reference.loss_of_rows(*rows, *target, eta, reg_weight, *options)
-        ctx.save_for_backward(hidden, weight, bias, *target, parts, signed_entropy, rows[2])
-        ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, options
+        loss, parts, signed_entropy = reference.penalized(rows, target, arguments)
+        ctx.save_for_backward(hidden, weight, bias, *target, parts, signed_entropy, rows.lse)
+        ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, arguments.of_backward
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -59,14 +57,13 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError(
                 "linear_mixupe_loss is differentiable once: for create_graph=True use mixupe_loss of the logits"
             )
-        hidden, weight, bias, target, partner, lam, parts, signed_entropy, lse = ctx.saved_tensors
-        target, options = Target(target, partner, lam), ops.backward_options(*ctx.options)
-        *_, smoothing, sigmoid = options
-        coefficients = reference.loss_coefficients(grad, target.target, parts, signed_entropy, *options)
-        entropy, _ = reference.split_sign(signed_entropy)
+        hidden, weight, bias, labels, partner_labels, lam, *stats = ctx.saved_tensors
+        target, stats, options = RowTarget(labels, partner_labels, lam), LossStats(*stats), ctx.options
+        coefficients = reference.loss_coefficients(grad, target, stats, options)
+        entropy, _ = reference.split_sign(stats.signed_entropy)
         matrix, offset = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         buffer = hidden.new_empty((min(ctx.chunk_rows, hidden.shape[0]), weight.shape[0]), dtype=ctx.dtype)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Sums over chunks are float32 (float64), whatever the logits are.
         wide = accumulate_dtype(ctx.dtype)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -75,10 +72,9 @@ class _LinearLoss(torch.autograd.Function):
         for chunk in _chunks(hidden.shape[0], ctx.chunk_rows):
             inputs = hidden[chunk].to(ctx.dtype)
             logits = _logits(inputs, matrix, offset, buffer)
-            dz = ops.ce_entropy_backward_op(
-                *(c[chunk] for c in coefficients), logits, entropy[chunk], lse[chunk], *_of_chunk(target, chunk),
-                None, smoothing, IGNORE_INDEX, sigmoid,
-            )  # fmt: skip
+            grads = RowGradients(*(coefficient[chunk] for coefficient in coefficients))
+            row_stats = RowStats(entropy[chunk], stats.lse[chunk])
+            dz = ops.ce_entropy_backward(grads, logits, row_stats, _of_chunk(target, chunk), options.of_rows)
             if needs_hidden:
                 d_hidden[chunk] = dz @ matrix
             if needs_weight:
@@ -90,7 +86,7 @@ class _LinearLoss(torch.autograd.Function):
             d_weight = d_weight.to(weight.dtype)
         if needs_bias:
             d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, *[None] * 8
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def linear_mixupe_loss(
@@ -111,7 +107,8 @@ def linear_mixupe_loss(
 
     Logits are made, used and dropped ``chunk_rows`` rows at a time, in the forward and again in the backward. Beside the
     gradients, peak extra memory is 2·chunk_rows·C elements of the logits' dtype (a chunk and its gradient) and, where
-    the logits are bfloat16 or float16, a copy of ``weight`` and float32 sums of its gradient.
+    the logits are bfloat16 or float16, a copy of ``weight`` and float32 sums of its gradient. Under torch.func, in forward
+    mode, and with soft targets or λ that require a gradient, the logits are made all at once.
 
     Args:
         hidden: (N, D), floating point.
@@ -122,7 +119,8 @@ def linear_mixupe_loss(
         chunk_rows: rows of logits at a time, >= 1; as many as make 2^24 elements if None.
 
     Returns:
-        0-d loss, differentiable once in ``hidden``, ``weight`` and ``bias``.
+        0-d loss, differentiable once in ``hidden``, ``weight``, ``bias``, soft targets and λ, and under torch.func any
+        number of times.
 
     Raises:
         TypeError, ValueError: as :func:`mixupe_loss`, and for shapes that do not match.
@@ -140,15 +138,20 @@ def linear_mixupe_loss(
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
     penalty = checks.choice("penalty", penalty, PENALTIES)  # no function here
-    options = _Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward=False)
+    options = Options.check(penalty, rescale, threshold, label_smoothing, activation)
+    chunk_rows = checks.positive_int("chunk_rows", chunk_rows)
     # An expanded scalar stands for the logits in the checks: their shape, dtype and device, and no memory.
     probe = F.linear(hidden[:0], weight, bias)
     like = probe.new_empty(()).expand(hidden.shape[0], classes)
-    rows_target = as_target(target, like)
+    parsed = parse(like, target)
     if options.sigmoid:
-        as_multilabel(rows_target)
-    num_mixed, num_reg, reg_weight = _count_rows(target, like)
-    return _LinearLoss.apply(
-        hidden, weight, bias, *rows_target, _scalar("eta", eta, like), reg_weight, like.dtype,
-        checks.positive_int("chunk_rows", chunk_rows), (num_mixed, num_reg, *options.operator),
-    )[0]  # fmt: skip
+        check_multilabel(parsed.target)
+    arguments = options.arguments(as_scalar("eta", eta, like), parsed)
+    try:
+        if ops.is_transformed(hidden) or is_learned(parsed.target):
+            return composed_loss(F.linear(hidden, weight, bias), parsed.target, arguments)[0]
+        arguments.check(like)
+        parsed.target.check(like)
+        return _LinearLoss.apply(hidden, weight, bias, parsed.target, arguments, like.dtype, chunk_rows)[0]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise renamed(error, target) from None

@@ -5,11 +5,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import checks, ops
-from ..conventions import IGNORE_INDEX, accumulate_dtype
-from ..ops import reference
-from ..target import as_multilabel, as_rows, as_target
-
-ACTIVATIONS = ("softmax", "sigmoid")
+from ..conventions import accumulate_dtype
+from ..ops import RowOptions, reference
+from ..target import check_multilabel, parse, renamed
+from .options import ACTIVATIONS
 
 
 class CEEntropy(NamedTuple):
@@ -27,22 +26,26 @@ def ce_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_weight: Tensor | None = None,
+    class_dim: int = -1,
 ) -> CEEntropy:
     """Cross-entropy, entropy of the softmax and log-sum-exp of each row, in one pass over the logits.
 
     MixupE's q̂ (Zou et al., 2023, eq. 5) is entropy - ce; plain mixup, RegMixup, the confidence penalty and z-loss are
-    other one-line expressions of the three. All are differentiable, any number of times, in the logits, in soft
-    targets and in λ, under torch.func too, where ``vmap`` loops over what it maps; for the backward two floats a row are
-    kept beside the arguments. Forward mode (``jvp``) is refused.
+    other one-line expressions of the three. All are differentiable, any number of times, in reverse and forward mode and
+    under torch.func, in the logits, in soft targets and in λ; for the backward two floats a row are kept beside the
+    arguments.
 
     Args:
         logits: (..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
             Rows need not be adjacent; a last dimension that is not contiguous is copied.
-        target: :class:`MixedTarget`, (...) int64 class indices, or (..., C) soft targets (copied to float32 unless they
-            are). They need not sum to 1.
+        target: :class:`MixedTarget`, ``(labels, partner_labels, lam)``, (...) int64 class indices, or (..., C) soft targets
+            (copied to float32 unless they are), which need not sum to 1.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: label that adds nothing: a row of such labels only has ce 0. Index targets only.
-        class_weight: (C,) weight of each class in ce, as ``weight`` in :func:`torch.nn.functional.cross_entropy`.
+        class_weight: (C,) weight of each class in ce, as ``weight`` in :func:`torch.nn.functional.cross_entropy`; a
+            constant.
+        class_dim: the classes' dimension, of logits and soft targets: 1 for (B, C, H, W) logits with (B, H, W) labels.
+            Logits with another than the last are copied.
 
     Returns:
         ``(ce, entropy, lse)``, each of shape (...) in nats, float32 (float64 for float64 logits).
@@ -52,16 +55,30 @@ def ce_entropy(
         ValueError: for a wrong shape, device or number, or a label outside [0, C). On CUDA, labels are checked on the
             device, without synchronising.
     """
-    rows = as_rows(logits)
-    parts = as_target(target, logits)
+    checks.tensor("logits", logits)
     if class_weight is not None:
         checks.tensor("class_weight", class_weight)
-        checks.shape("class_weight", class_weight, logits.shape[-1:])
         checks.same_device("class_weight", class_weight, "logits", logits)
+        if class_weight.requires_grad:
+            raise ValueError("class_weight must not require a gradient: ce is not differentiable in it")
         class_weight = class_weight.to(accumulate_dtype(logits.dtype))
     smoothing = checks.fraction("label_smoothing", label_smoothing)
-    outputs = ops.call(ops.ce_entropy_op, rows, *parts, class_weight, smoothing, ignore_index, False)
-    return CEEntropy(*(output.view(logits.shape[:-1]) for output in outputs))
+    options = RowOptions(class_weight, smoothing, checks.integer("ignore_index", ignore_index))
+    _, outputs, shape = _of_rows(logits, target, options, checks.integer("class_dim", class_dim))
+    return CEEntropy(*(output.view(shape) for output in outputs))
+
+
+def _of_rows(logits: Tensor, target: Tensor | tuple, options: RowOptions, class_dim: int = -1) -> tuple:
+    """(target as the operators take it; CE, H and lse of the flattened rows; their shape)."""
+    parsed = parse(logits, target, class_dim)
+    if options.sigmoid:
+        check_multilabel(parsed.target)
+    shape = list(logits.shape)
+    shape.pop(class_dim)
+    try:
+        return parsed.target, ops.ce_entropy(parsed.rows, parsed.target, options), shape
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise renamed(error, target) from None
 
 
 class BCEEntropy(NamedTuple):
@@ -87,10 +104,8 @@ def bce_entropy(logits: Tensor, target: Tensor | tuple) -> BCEEntropy:
     Raises:
         TypeError, ValueError: as :func:`ce_entropy`; class indices are refused.
     """
-    rows = as_rows(logits)
-    parts = as_multilabel(as_target(target, logits))
-    ce, entropy, _ = ops.call(ops.ce_entropy_op, rows, *parts, None, 0.0, IGNORE_INDEX, True)
-    return BCEEntropy(ce.view(logits.shape[:-1]), entropy.view(logits.shape[:-1]))
+    _, outputs, shape = _of_rows(logits, target, RowOptions(sigmoid=True))
+    return BCEEntropy(outputs.ce.view(shape), outputs.entropy.view(shape))
 
 
 def q_hat(logits: Tensor, target: Tensor | tuple, *, activation: str = "softmax") -> Tensor:
@@ -109,9 +124,5 @@ def q_hat(logits: Tensor, target: Tensor | tuple, *, activation: str = "softmax"
         TypeError, ValueError: as :func:`ce_entropy`, or for an unknown activation.
     """
     sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
-    rows = as_rows(logits)
-    target = as_target(target, logits)
-    if sigmoid:
-        as_multilabel(target)
-    outputs = ops.call(ops.ce_entropy_op, rows, *target, None, 0.0, IGNORE_INDEX, sigmoid)
-    return reference.q_hat(*outputs, target.target, sigmoid).view(logits.shape[:-1])
+    row_target, outputs, shape = _of_rows(logits, target, RowOptions(sigmoid=sigmoid))
+    return reference.q_hat(outputs, row_target, 0.0, sigmoid).view(shape)

@@ -1,31 +1,29 @@
 """``torch.ops.mixupe.*`` and the public functions over them. Importing this declares every operator."""
 
-from .losses import (
-    MixupELossWithGradient,
-    backward_options,
-    ce_entropy_backward_op,
-    ce_entropy_op,
-    mixupe_loss_backward_out_op,
-    mixupe_loss_op,
-)
+from .arguments import LossArguments, LossStats, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
+from .losses import ce_entropy, ce_entropy_backward, fused_loss
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import below_autograd, call, in_backward, operators, transforms_active
+from .registration import call, in_backward, is_transformed, operators, transforms_active
 
 __all__ = [
-    "MixupELossWithGradient",
-    "backward_options",
-    "below_autograd",
+    "LossArguments",
+    "LossStats",
+    "RowGradients",
+    "RowOptions",
+    "RowOutputs",
+    "RowStats",
+    "RowTarget",
     "call",
-    "ce_entropy_backward_op",
-    "ce_entropy_op",
+    "ce_entropy",
+    "ce_entropy_backward",
+    "fused_loss",
     "gather_sum_op",
     "in_backward",
+    "is_transformed",
     "mix",
     "mix_op",
     "mix_out_op",
     "mixed_target_op",
-    "mixupe_loss_backward_out_op",
-    "mixupe_loss_op",
     "operators",
     "transforms_active",
 ]

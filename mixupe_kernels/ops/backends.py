@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import debug
-from . import reference
+from . import reference, registration
 from .registration import operators
 
 _PACKAGE = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ class Backend(NamedTuple):
 
 
 def _reference() -> Functions:
-    return {operator: getattr(reference, operator) for operator in operators()}
+    return registration.kernels(reference)
 
 
 def _triton() -> Functions:

@@ -1,115 +1,152 @@
-"""Gradients that no backend needs to be fast at: with respect to targets and λ, and of the backward operators.
+"""Derivatives that no backend needs to be fast at: in targets and λ, in forward mode, and of the backward operator.
 
 Plain PyTorch on any device, and itself differentiable, so that every operator can be differentiated any number of
 times. Notation as in ``reference``; v is the upstream gradient of dz.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..conventions import IGNORE_INDEX
-from . import reference
-from .reference import _or_zero, _zero_where
+from ..conventions import accumulate_dtype
+from .arguments import RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
+from .reference import columns_of, dense_target, log_softmax, zero_where
 
 
-def target_gradients(
-    dy: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Carry the gradient ``dy`` (N, C) of ``reference.dense_target`` back to dense targets, or to λ (N,)."""
-    if class_weight is not None:
-        dy = dy * class_weight.to(dy.dtype)
-    if target.dim() == 2:
-        return (dy * (1 - label_smoothing)).to(target.dtype), None
-    if partner is None:
+def target_gradients(dy: Tensor, target: RowTarget, options: RowOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Carry the gradient ``dy`` (N, C) of ``reference.dense_target`` back to dense labels, or to λ (N,)."""
+    if options.class_weight is not None:
+        dy = dy * options.class_weight.to(dy.dtype)
+    smoothing = options.label_smoothing
+    if target.dense:
+        return (dy * (1 - smoothing)).to(target.labels.dtype), None
+    if target.partner_labels is None:
         return None, None
 
     def of_label(labels: Tensor) -> Tensor:
-        kept = labels != ignore_index
+        kept = labels != options.ignore_index
         at_label = dy.gather(1, labels.where(kept, 0).unsqueeze(1)).squeeze(1)
-        smooth = label_smoothing * dy.mean(1) if label_smoothing else 0.0
-        return _zero_where(~kept, at_label * (1 - label_smoothing) + smooth)
+        smooth = smoothing * dy.mean(1) if smoothing else 0.0
+        return zero_where(~kept, at_label * (1 - smoothing) + smooth)
 
-    return None, (of_label(target) - of_label(partner)).to(lam.dtype)
+    return None, (of_label(target.labels) - of_label(target.partner_labels)).to(target.lam.dtype)
+
+
+def _target_tangent(
+    logits: Tensor, target: RowTarget, options: RowOptions, d_labels: Tensor | None, d_lam: Tensor | None
+) -> Tensor | None:
+    """The tangent (N, C) of ``reference.dense_target``, which is linear in dense labels and in λ; None for zero."""
+    compute = accumulate_dtype(logits.dtype)
+    if target.dense and d_labels is not None:
+        dy = d_labels.to(compute) * (1 - options.label_smoothing)
+        return dy if options.class_weight is None else dy * options.class_weight.to(compute)
+    if not target.dense and d_lam is not None:
+        own, other = (dense_target(logits, RowTarget(y), options) for y in (target.labels, target.partner_labels))
+        return d_lam.to(compute).unsqueeze(1) * (own - other)
+    return None
+
+
+class _Slopes(NamedTuple):
+    """Of ``ce_entropy``, (N, C) each: y and p, and the derivatives of CE, H and lse in the logits."""
+
+    y: Tensor
+    p: Tensor
+    ce: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+def _slopes(logits: Tensor, target: RowTarget, stats: RowStats, options: RowOptions) -> _Slopes:
+    z, y = logits.to(stats.lse.dtype), dense_target(logits, target, options)
+    if options.sigmoid:
+        p = torch.sigmoid(z)
+        variance = p * torch.sigmoid(-z)
+        return _Slopes(y, p, p - y, -zero_where(variance == 0, z * variance), p)
+    log_p = log_softmax(z, stats.lse)
+    p = torch.exp(log_p)
+    entropy = -zero_where(p == 0, p * (log_p + stats.entropy.unsqueeze(1)))
+    return _Slopes(y, p, p * y.sum(1, keepdim=True) - y, entropy, p)
+
+
+def _curvature(logits: Tensor, slopes: _Slopes, g: list[Tensor], sigmoid: bool) -> Tensor:
+    """The derivative of dz_k in z_k with H and lse, which are arguments of ``ce_entropy_backward``, held fixed."""
+    g_ce, g_h, g_lse = g
+    if sigmoid:
+        slope = slopes.p * torch.sigmoid(-logits.to(slopes.p.dtype))
+        turn = slope * (1 - 2 * slopes.p)
+        return (g_ce + g_lse) * slope - g_h * (slope + zero_where(turn == 0, logits.to(turn.dtype) * turn))
+    return slopes.p * (g_ce * slopes.y.sum(1, keepdim=True) + g_lse - g_h) + g_h * slopes.entropy
+
+
+def ce_entropy_tangents(
+    logits: Tensor,
+    target: RowTarget,
+    stats: RowStats,
+    options: RowOptions,
+    d_logits: Tensor | None,
+    d_labels: Tensor | None,
+    d_lam: Tensor | None,
+) -> RowOutputs:
+    """The tangents of (CE, H, lse), (N,) each, from those of the logits, dense labels and λ; one of None is zero."""
+    slopes = _slopes(logits, target, stats, options)
+    z = logits.to(slopes.p.dtype)
+    dz = torch.zeros_like(z) if d_logits is None else d_logits.to(z.dtype)
+    ce, entropy, lse = ((slope * dz).sum(1) for slope in (slopes.ce, slopes.entropy, slopes.lse))
+    dy = _target_tangent(logits, target, options, d_labels, d_lam)
+    if dy is not None:
+        # ∂CE/∂y_k = lse - z_k, and -z_k for sigmoid models; 0·∞ is 0.
+        dce = -z if options.sigmoid else stats.lse.unsqueeze(1) - z
+        ce = ce + (dy * zero_where((dy == 0) & z.isinf(), dce)).sum(1)
+    return RowOutputs(ce, entropy, lse)
 
 
 def ce_entropy_double_backward(
-    v: Tensor,
-    grad_ce: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logits: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    sigmoid: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ⟨v, ce_entropy_backward(...)⟩ in the order of its first ten arguments."""
-    z, v = logits.to(lse.dtype), v.to(lse.dtype)
-    y = reference.dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
-    g_ce, g_h, g_lse = (_or_zero(g, lse) for g in (grad_ce, grad_entropy, grad_lse))
-    if sigmoid:
-        p = torch.sigmoid(z)
-        slope = p * torch.sigmoid(-z)
-        curvature = slope * (1 - 2 * p)
-        d_ce, d_lse = v * (p - y), v * p
-        d_h = -v * _zero_where(slope == 0, z * slope)
-        dz = v * ((g_ce + g_lse) * slope - g_h * (slope + _zero_where(curvature == 0, z * curvature)))
-        d_entropy = d_shift = None
+    v: Tensor, grads: RowGradients, logits: Tensor, target: RowTarget, stats: RowStats, options: RowOptions
+) -> dict[str, Tensor | None]:
+    """Gradients of ⟨v, ce_entropy_backward(...)⟩, by the name of the argument."""
+    slopes = _slopes(logits, target, stats, options)
+    v = v.to(slopes.p.dtype)
+    g = g_ce, g_h, _ = columns_of(grads, stats.lse)
+    dz = v * _curvature(logits, slopes, g, options.sigmoid)
+    found = {
+        name: None if grad is None else (v * slope).sum(1).to(grad.dtype)
+        for (name, grad), slope in zip(grads._asdict().items(), (slopes.ce, slopes.entropy, slopes.lse), strict=True)
+    }
+    if options.sigmoid:
         dy = -g_ce * v
     else:
-        log_p = reference.log_softmax(z, lse)
-        p = torch.exp(log_p)
-        mass = y.sum(1, keepdim=True)
-        surprise = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))  # p (log p + H)
-        d_ce, d_lse, d_h = v * (p * mass - y), v * p, -v * surprise
-        dz = v * (p * (g_ce * mass + g_lse - g_h) - g_h * surprise)
-        d_entropy = -g_h.squeeze(1) * (v * p).sum(1)
-        d_shift = -dz.sum(1)
-        dy = g_ce * ((v * p).sum(1, keepdim=True) - v)
-    dtarget, dlam = target_gradients(dy, target, partner, lam, class_weight, label_smoothing, ignore_index)
-    upstream = (
-        None if g is None else d.sum(1).to(g.dtype)
-        for g, d in ((grad_ce, d_ce), (grad_entropy, d_h), (grad_lse, d_lse))
-    )
-    return *upstream, dz.to(logits.dtype), d_entropy, d_shift, dtarget, None, dlam, None
+        along = (v * slopes.p).sum(1, keepdim=True)
+        dy = g_ce * (along - v)
+        found.update(entropy=-(g_h * along).squeeze(1), lse=-dz.sum(1))
+    d_labels, d_lam = target_gradients(dy, target, options)
+    return {**found, "logits": dz.to(logits.dtype), "labels": d_labels, "lam": d_lam}
 
 
-def mixupe_loss_double_backward(
-    v: Tensor,
-    grad: Tensor,
+def ce_entropy_backward_tangent(
+    grads: RowGradients,
     logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    parts: Tensor,
-    signed_entropy: Tensor,
-    lse: Tensor,
-    *options,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ⟨v, mixupe_loss_backward(grad, logits, ...)⟩ with respect to ``grad`` and ``logits``.
-
-    The coefficients are piecewise constant in the logits (the slope of the penalty; η̂ is detached) and linear in
-    ``grad``; entropy and lse are functions of the logits, so their gradients go back through ``ce_entropy_backward``.
-    """
-    smoothing, sigmoid = options[-2:]
-    target_options = (target, partner, lam, None, smoothing, IGNORE_INDEX, sigmoid)
-    coefficients = reference.loss_coefficients(torch.ones_like(grad), target, parts, signed_entropy, *options)
-    entropy, _ = reference.split_sign(signed_entropy)
-    scaled = [grad * coefficient for coefficient in coefficients]
-    *upstream, dz, d_entropy, d_lse = ce_entropy_double_backward(v, *scaled, logits, entropy, lse, *target_options)[:6]
-    d_grad = sum((d * coefficient).sum() for d, coefficient in zip(upstream, coefficients, strict=True))
-    if d_entropy is not None:
-        back = torch.ops.mixupe.ce_entropy_backward
-        dz = dz + back(None, d_entropy, d_lse, logits, entropy, lse, *target_options)
-    return d_grad.to(grad.dtype), dz
+    target: RowTarget,
+    stats: RowStats,
+    options: RowOptions,
+    d_grads: RowGradients,
+    d_logits: Tensor | None,
+    d_stats: RowStats,
+    d_labels: Tensor | None,
+    d_lam: Tensor | None,
+) -> Tensor:
+    """The tangent of ``ce_entropy_backward``, (N, C), from those of its arguments; one of None is zero."""
+    slopes = _slopes(logits, target, stats, options)
+    g = g_ce, g_h, _ = columns_of(grads, stats.lse)
+    u_ce, u_h, u_lse = columns_of(d_grads, stats.lse)
+    move = torch.zeros_like(slopes.p) if d_logits is None else d_logits.to(slopes.p.dtype)
+    dz = u_ce * slopes.ce + u_h * slopes.entropy + u_lse * slopes.lse
+    dy = _target_tangent(logits, target, options, d_labels, d_lam)
+    if not options.sigmoid:
+        d_entropy, d_lse = columns_of(d_stats, stats.lse)
+        move = move - d_lse
+        dz = dz - g_h * slopes.p * d_entropy
+        if dy is not None:
+            dz = dz + g_ce * slopes.p * dy.sum(1, keepdim=True)
+    dz = dz + move * _curvature(logits, slopes, g, options.sigmoid)
+    return (dz if dy is None else dz - g_ce * dy).to(logits.dtype)

@@ -1,189 +1,333 @@
-"""ce_entropy and mixupe_loss with their backwards. Per operator: schema, fake, backward."""
+"""ce_entropy and mixupe_loss with their backwards. Per operator: declaration, fake, derivatives."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..conventions import accumulate_dtype
-from . import double_backward
-from .registration import Function, below_autograd, call, define, detached, differentiable
-
-
-def _ce_entropy_fake(logits, *args, **kwargs):
-    compute = accumulate_dtype(logits.dtype)
-    return tuple(logits.new_empty(logits.shape[:1], dtype=compute) for _ in range(3))
-
-
-_TARGET_SCHEMA = (
-    "Tensor target, Tensor? partner=None, Tensor? lam=None, Tensor? class_weight=None, "
-    "float label_smoothing=0.0, int ignore_index=-100, bool sigmoid=False"
+from . import double_backward, reference
+from .arguments import (
+    LossArguments,
+    LossBackwardOptions,
+    LossStats,
+    RowGradients,
+    RowOptions,
+    RowOutputs,
+    RowStats,
+    RowTarget,
+    Signature,
 )
-ce_entropy_op = define(f"ce_entropy(Tensor logits, {_TARGET_SCHEMA}) -> (Tensor, Tensor, Tensor)", _ce_entropy_fake)
-ce_entropy_backward_op = define(
-    "ce_entropy_backward(Tensor? grad_ce, Tensor? grad_entropy, Tensor? grad_lse, Tensor logits, Tensor entropy, "
-    f"Tensor lse, {_TARGET_SCHEMA}) -> Tensor",
-    lambda grad_ce, grad_entropy, grad_lse, logits, *args, **kwargs: torch.empty_like(
-        logits, memory_format=torch.contiguous_format
-    ),
+from .registration import (
+    apply_untransformed,
+    below_autograd,
+    call,
+    define,
+    differentiable,
+    each_member,
+    is_transformed,
+    keep,
+    kept,
+    signature_of,
+    without_gradient,
 )
 
 
-@differentiable
-class _CEEntropy(Function):
-    operator = ce_entropy_op
-
-    @staticmethod
-    def forward(ctx, logits, target, partner, lam, class_weight, *options):
-        ce, entropy, lse = below_autograd(ce_entropy_op, (logits, target, partner, lam, class_weight, *options))
-        ctx.save_for_backward(logits, entropy, lse, target, partner, lam, class_weight)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return ce, entropy, lse
-
-    @staticmethod
-    def backward(ctx, grad_ce, grad_entropy, grad_lse):
-        logits, entropy, lse, *target = ctx.saved_tensors
-        dlogits = dtarget = dlam = None
-        if ctx.needs_input_grad[0]:
-            gradients = (grad_ce, grad_entropy, grad_lse)
-            dlogits = call(ce_entropy_backward_op, *gradients, logits, entropy, lse, *target, *ctx.options)
-        if grad_ce is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
-            # ∂CE/∂y_k = lse - z_k, and -z_k for sigmoid models.
-            z, (smoothing, ignore_index, sigmoid) = logits.to(lse.dtype), ctx.options
-            dy = grad_ce.unsqueeze(1) * (-z if sigmoid else lse.unsqueeze(1) - z)
-            dtarget, dlam = double_backward.target_gradients(dy, *target, smoothing, ignore_index)
-        return dlogits, dtarget, None, dlam, None, None, None, None
-
-
-@differentiable
-class _CEEntropyBackward(Function):
-    operator = ce_entropy_backward_op
-
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args[:10])
-        ctx.options = args[10:]
-        return below_autograd(ce_entropy_backward_op, args)
-
-    @staticmethod
-    def backward(ctx, v):
-        return *double_backward.ce_entropy_double_backward(v, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-# mixupe_loss: the whole loss as one operator, its gradient as another, and both at once
-
-
-def _mixupe_loss_fake(logits, *args, **kwargs):
-    compute = accumulate_dtype(logits.dtype)
-    return tuple(logits.new_empty(size, dtype=compute) for size in ((), (5,), *[logits.shape[:1]] * 2))
+def _rows_fake(logits, labels, partner_labels=None, lam=None, *_):
+    RowTarget(labels, partner_labels, lam).check_device(logits)
+    return tuple(logits.new_empty(logits.shape[:1], dtype=accumulate_dtype(logits.dtype)) for _ in range(3))
 
 
 def _gradient_fake(logits):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-_LOSS_SCHEMA = (
-    "(Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor eta, Tensor reg_weight, "
-    "int num_mixed, int num_reg, int penalty=0, float threshold=1.0, bool rescale=True, float label_smoothing=0.0, "
-    "bool sigmoid=False)"
+def _loss_fake(logits, *rest):
+    _, entropy, lse = _rows_fake(logits, *rest)
+    return lse.new_empty(()), lse.new_empty((5,)), entropy, lse
+
+
+ce_entropy_op = define(reference.ce_entropy, _rows_fake)
+ce_entropy_backward_op = define(
+    reference.ce_entropy_backward, lambda grad_ce, grad_entropy, grad_lse, logits, *_: _gradient_fake(logits)
 )
-mixupe_loss_op = define(f"mixupe_loss{_LOSS_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor)", _mixupe_loss_fake)
-mixupe_loss_with_gradient_op = detached(
+mixupe_loss_op = define(reference.mixupe_loss, _loss_fake)
+mixupe_loss_with_gradient_op = without_gradient(
     define(
-        f"mixupe_loss_with_gradient{_LOSS_SCHEMA} -> (Tensor, Tensor, Tensor)",
-        lambda logits, *args, **kwargs: (*_mixupe_loss_fake(logits)[:2], _gradient_fake(logits)),
+        reference.mixupe_loss_with_gradient,
+        lambda logits, *rest: (*_loss_fake(logits, *rest)[:2], _gradient_fake(logits)),
     )
 )
-_LOSS_BACKWARD_SCHEMA = (
-    "Tensor grad, Tensor logits, Tensor target, Tensor? partner, Tensor? lam, Tensor parts, Tensor signed_entropy, "
-    "Tensor lse, int num_mixed, int penalty=0, float label_smoothing=0.0, bool sigmoid=False"
-)
-mixupe_loss_backward_op = define(
-    f"mixupe_loss_backward({_LOSS_BACKWARD_SCHEMA}) -> Tensor",
-    lambda grad, logits, *args, **kwargs: _gradient_fake(logits),
-)
-mixupe_loss_backward_out_op = define(
-    f"mixupe_loss_backward_out({_LOSS_BACKWARD_SCHEMA}, *, Tensor(a!) out) -> ()", lambda *args, **kwargs: None
-)
+mixupe_loss_backward_op = define(reference.mixupe_loss_backward, lambda grad, logits, *_: _gradient_fake(logits))
+mixupe_loss_backward_out_op = define(reference.mixupe_loss_backward_out, lambda *_, out: None)
+
+_ce_entropy, _ce_entropy_backward = signature_of(ce_entropy_op), signature_of(ce_entropy_backward_op)
+_loss, _loss_backward = signature_of(mixupe_loss_op), signature_of(mixupe_loss_backward_op)
 
 
-def backward_options(num_mixed, num_reg, penalty, threshold, rescale, *tail) -> tuple:
-    """Those options of the loss that its backward takes: the rest is in ``parts`` and ``signed_entropy``."""
-    return num_mixed, penalty, *tail
+def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> RowOutputs:
+    """CE, H and lse of each row, differentiable any number of times, in either mode, in the logits, labels and λ."""
+    return RowOutputs(*call(ce_entropy_op, logits, *target, *options))
 
 
-@differentiable
-class _MixupELoss(Function):
-    operator = mixupe_loss_op
-    inputs = ("logits",)
+def ce_entropy_backward(
+    grads: RowGradients, logits: Tensor, stats: RowStats, target: RowTarget, options: RowOptions
+) -> Tensor:
+    """The gradient in the logits, from those of CE, H and lse; differentiable as ``ce_entropy`` is."""
+    return call(ce_entropy_backward_op, *grads, logits, *stats, *target, *options)
+
+
+# Rows do not depend on each other, so a dimension that vmap maps is more rows.
+
+
+def _with_rows_folded(
+    function: type[torch.autograd.Function], signature: Signature, info: Any, in_dims: tuple, args: tuple
+):
+    """The vmap rule of an operator on rows: (outputs, their mapped dimensions)."""
+    args, dims = signature.Flat(*args), signature.Flat(*in_dims)
+    members = info.batch_size
+
+    def folded(value, dim):
+        if not isinstance(value, Tensor):
+            return value
+        value = value.expand(members, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.flatten(0, 1)
+
+    if dims.class_weight is not None:  # each member weights the classes in its own way
+        return each_member(function, info, dims, *args)
+    rows = args._make(map(folded, args, dims))._replace(class_weight=args.class_weight)
+    sizes = (members, rows.logits.shape[0] // members)
+    out = function.apply(*rows)
+    if isinstance(out, Tensor):
+        return out.unflatten(0, sizes), 0
+    return tuple(output.unflatten(0, sizes) for output in out), (0,) * len(out)
+
+
+@differentiable(ce_entropy_op)
+class _CEEntropy(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, *target_and_options = inputs
+        _, entropy, lse = output
+        keep(ctx, _ce_entropy_backward.Flat(None, None, None, logits, entropy, lse, *target_and_options))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def forward(ctx, logits, rest):
-        outputs = below_autograd(mixupe_loss_op, (logits, *rest))
-        ctx.save_for_backward(logits, *rest[:3], *outputs[1:])
-        ctx.options = backward_options(*rest[5:])
-        ctx.mark_non_differentiable(*outputs[1:])
+    def backward(ctx, grad_ce, grad_entropy, grad_lse):
+        flat = kept(ctx)
+        needed = _ce_entropy.Flat(*ctx.needs_input_grad)
+        gradients = {}
+        if needed.logits:
+            upstream = {"grad_ce": grad_ce, "grad_entropy": grad_entropy, "grad_lse": grad_lse}
+            gradients["logits"] = call(ce_entropy_backward_op, *flat._replace(**upstream))
+        if grad_ce is not None and (needed.labels or needed.lam):
+            _, logits, stats, target, options = _ce_entropy_backward.pack(*flat)
+            # ∂CE/∂y_k = lse - z_k, and -z_k for sigmoid models.
+            z = logits.to(stats.lse.dtype)
+            dy = grad_ce.unsqueeze(1) * (-z if options.sigmoid else stats.lse.unsqueeze(1) - z)
+            gradients["labels"], gradients["lam"] = double_backward.target_gradients(dy, target, options)
+        return _ce_entropy.gradients(**gradients)
+
+    @staticmethod
+    def jvp(given, *tangents):
+        _, logits, stats, target, options = _ce_entropy_backward.pack(*given)
+        d_logits, d_target, _ = _ce_entropy.pack(*tangents)
+        d_target = d_target.labels, d_target.lam
+        return tuple(double_backward.ce_entropy_tangents(logits, target, stats, options, d_logits, *d_target))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _with_rows_folded(_CEEntropy, _ce_entropy, info, in_dims, args)
+
+
+@differentiable(ce_entropy_backward_op)
+class _CEEntropyBackward(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _ce_entropy_backward.Flat(*inputs))
         ctx.set_materialize_grads(False)
-        return outputs
+
+    @staticmethod
+    def backward(ctx, v):
+        if v is None:
+            return _ce_entropy_backward.gradients()
+        grads, logits, stats, target, options = _ce_entropy_backward.pack(*kept(ctx))
+        found = double_backward.ce_entropy_double_backward(v, grads, logits, target, stats, options)
+        return _ce_entropy_backward.gradients(**found)
+
+    @staticmethod
+    def jvp(given, *tangents):
+        grads, logits, stats, target, options = _ce_entropy_backward.pack(*given)
+        d_grads, d_logits, d_stats, d_target, _ = _ce_entropy_backward.pack(*tangents)
+        return double_backward.ce_entropy_backward_tangent(
+            grads, logits, target, stats, options, d_grads, d_logits, d_stats, d_target.labels, d_target.lam
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _with_rows_folded(_CEEntropyBackward, _ce_entropy_backward, info, in_dims, args)
+
+
+# mixupe_loss. Under a transform of torch.func, in forward mode, and with a learned target the loss is an expression over
+# ce_entropy instead (loss/composed.py), so what follows has reverse mode only, in the logits.
+
+
+def _gradient_of_loss(
+    grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions
+) -> Tensor:
+    """``mixupe_loss_backward`` for an upstream gradient that may itself be differentiated."""
+    rest = (logits, *target, *stats, *options)
+    if is_transformed(grad):  # the operator has reverse mode only, and is linear in the upstream gradient
+        return call(mixupe_loss_backward_op, torch.ones_like(stats.parts[0]), *rest) * grad
+    return call(mixupe_loss_backward_op, grad, *rest)
+
+
+@differentiable(mixupe_loss_op)
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, arguments = _loss.pack(*inputs)
+        _, *stats = output
+        keep(ctx, _loss_backward.Flat(None, logits, *target, *stats, *arguments.of_backward))
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        dlogits = None
-        if grad is not None:
-            dlogits = call(mixupe_loss_backward_op, grad, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None
+        _, *rest = _loss_backward.pack(*kept(ctx))
+        return _loss.gradients(logits=None if grad is None else _gradient_of_loss(grad, *rest))
 
 
-class MixupELossWithGradient(Function):
+@differentiable(mixupe_loss_backward_op)
+class _LossBackward(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _loss_backward.Flat(*inputs))
+
+    @staticmethod
+    def backward(ctx, v):
+        """By autograd, through the operator as an expression: entropy and lse are functions of the logits.
+
+        The coefficients are piecewise constant in the logits (the slope of the penalty; η̂ is detached) and linear in the
+        upstream gradient.
+        """
+        grad, logits, target, stats, options = _loss_backward.pack(*kept(ctx))
+        with torch.enable_grad():
+            coefficients = reference.loss_coefficients(grad, target, stats, options)
+            rows = ce_entropy(logits, target, options.of_rows)
+            dz = ce_entropy_backward(coefficients, logits, RowStats(rows.entropy, rows.lse), target, options.of_rows)
+        wanted = {name: value for name, value in (("grad", grad), ("logits", logits)) if value.requires_grad}
+        found = torch.autograd.grad(dz, list(wanted.values()), v, create_graph=torch.is_grad_enabled())
+        return _loss_backward.gradients(**dict(zip(wanted, found, strict=True)))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """(loss, parts). The tuples stay whole: ``apply`` would look at each of 13 arguments, 3 of 41 µs."""
+
+    @staticmethod
+    def forward(ctx, logits, target, arguments):
+        loss, *stats = below_autograd(mixupe_loss_op, logits, *target, *arguments)
+        ctx.save_for_backward(logits, *target, *stats)
+        ctx.options = arguments.of_backward
+        stats = LossStats(*stats)
+        ctx.mark_non_differentiable(stats.parts)
+        ctx.set_materialize_grads(False)
+        return loss, stats.parts
+
+    @staticmethod
+    def saved(ctx) -> tuple[Tensor, RowTarget, LossStats]:
+        logits, labels, partner_labels, lam, *stats = ctx.saved_tensors
+        return logits, RowTarget(labels, partner_labels, lam), LossStats(*stats)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        gradient = None if grad is None else _gradient_of_loss(grad, *_FusedLoss.saved(ctx), ctx.options)
+        return gradient, None, None
+
+
+class _InplaceLoss(_FusedLoss):
+    """The same, whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace_backward=True cannot be differentiated twice: its backward overwrites the logits"
+            )
+        if grad is None:
+            return None, None, None
+        logits, target, stats = _FusedLoss.saved(ctx)
+        gradient = logits.detach()
+        mixupe_loss_backward_out_op(grad, gradient, *target, *stats, *ctx.options, out=gradient)
+        # Whoever else saved the logits now gets autograd's error instead of a wrong gradient.
+        torch.autograd.graph.increment_version(logits)
+        return gradient, None, None
+
+
+class _LossWithGradient(torch.autograd.Function):
     """(loss, parts), with the gradient made in the forward.
 
     The gradient is not a third output: autograd's care for one took 3 of the 84 µs of a forward and backward of 100 rows.
+    It is handed out once, as its new owner may write to it; another backward makes another.
     """
 
     @staticmethod
-    def forward(ctx, logits, rest):
-        loss, parts, gradient = mixupe_loss_with_gradient_op(logits, *rest)
-        ctx.save_for_backward(gradient, logits, *rest[:5])
-        ctx.options = rest[5:]
+    def forward(ctx, logits, target, arguments):
+        loss, parts, ctx.gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)
+        ctx.save_for_backward(logits, *target, parts)
+        ctx.arguments = arguments
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
 
     @staticmethod
     def backward(ctx, grad, _):
-        dlogits = None
-        if grad is not None and torch.is_grad_enabled():
-            # create_graph=True: what is differentiated again is a function of the logits, which the gradient is not.
-            args = (*ctx.saved_tensors[1:], *ctx.options)
-            _, *saved = below_autograd(mixupe_loss_op, args)
-            dlogits = call(mixupe_loss_backward_op, grad, *args[:4], *saved, *backward_options(*ctx.options))
-        elif grad is not None:
-            dlogits = ctx.saved_tensors[0]
-            if not _is_one(grad):
-                dlogits = dlogits * grad
-        return dlogits, None
+        if grad is None:
+            return None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None or torch.is_grad_enabled():  # a second derivative is one of a function of the logits
+            logits, labels, partner_labels, lam, parts = ctx.saved_tensors
+            target = RowTarget(labels, partner_labels, lam)
+            # What depends on η is in the parts, whatever η has become since.
+            _, _, signed_entropy, lse = below_autograd(mixupe_loss_op, logits, *target, *ctx.arguments)
+            stats = LossStats(parts, signed_entropy, lse)
+            return _gradient_of_loss(grad, logits, target, stats, ctx.arguments.of_backward), None, None
+        return gradient if _is_one(grad) else gradient * grad, None, None
 
 
 def _is_one(grad: Tensor) -> bool:
     """Whether a loss's upstream gradient is 1, as ``loss.backward()`` makes it; False where it cannot be told.
 
-    A tensor of a tracer has no value, one of vmap has many, and one on a device would have to be waited for.
+    A tensor of a tracer has no value, one that is mapped has many, and one on a device would have to be waited for.
     """
-    functorch = torch._C._functorch
-    batched = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
-    return type(grad) is Tensor and not batched and grad.is_cpu and grad.item() == 1 and not checks.has_tangent(grad)
+    if type(grad) is not Tensor or not grad.is_cpu or is_transformed(grad):
+        return False
+    try:
+        return grad.item() == 1
+    except RuntimeError:
+        return False  # mapped by is_grads_batched
 
 
-@differentiable
-class _MixupELossBackward(Function):
-    operator = mixupe_loss_backward_op
+_apply, _apply_inplace, _apply_with_gradient = map(apply_untransformed, (_FusedLoss, _InplaceLoss, _LossWithGradient))
 
-    @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args[:8])
-        ctx.options = args[8:]
-        return below_autograd(mixupe_loss_backward_op, args)
+# Logits that stay in the last-level cache (bytes) have their gradient made with the loss.
+_GRADIENT_NOW = 16 << 20
 
-    @staticmethod
-    def backward(ctx, v):
-        return *double_backward.mixupe_loss_double_backward(v, *ctx.saved_tensors, *ctx.options), *[None] * 10
+
+def fused_loss(
+    logits: Tensor, target: RowTarget, arguments: LossArguments, inplace_backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts) by one operator, differentiable in the logits. Callers have asked ``is_transformed(logits)``.
+
+    On the CPU the gradient is made with the loss, for an upstream gradient of 1: the usual case, told without waiting for a
+    device. float16 logits wait for the upstream gradient: a loss scaler's factor keeps theirs from underflowing.
+    """
+    if torch.compiler.is_compiling():
+        return mixupe_loss_op(logits, *target, *arguments)[:2]
+    if not logits.requires_grad or not torch.is_grad_enabled():
+        return below_autograd(mixupe_loss_op, logits, *target, *arguments)[:2]
+    if inplace_backward:
+        return _apply_inplace(logits, target, arguments)
+    if logits.is_cpu and logits.dtype is not torch.float16 and logits.nbytes <= _GRADIENT_NOW:
+        return _apply_with_gradient(logits, target, arguments)
+    return _apply(logits, target, arguments)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import checks
 from ..conventions import accumulate_dtype, row_format
 from . import reference
-from .registration import Function, below_autograd, call, define, differentiable
+from .registration import call, define, differentiable, keep, kept, signature_of
 
 
 def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
@@ -28,15 +28,25 @@ def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, me
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
 
-mix_op = define(
-    "mix(Tensor x, Tensor? partner, Tensor lam, Tensor? rows=None, Tensor? scale=None, Tensor? shift=None, "
-    "ScalarType? dtype=None, MemoryFormat? memory_format=None, Tensor? box=None) -> Tensor",
-    _mix_fake,
+mix_op = define(reference.mix, _mix_fake)
+mix_out_op = define(reference.mix_out, lambda *_, out: None)
+mixed_target_op = define(
+    reference.mixed_target,
+    lambda labels, partner, lam, rows, num_mixed: (
+        lam.new_empty(rows.shape),
+        *(labels.new_empty(rows.shape) for _ in range(3)),
+    ),
 )
-mix_out_op = define(
-    "mix_out(Tensor x, Tensor? partner, Tensor lam, Tensor? rows=None, Tensor? scale=None, Tensor? shift=None, "
-    "Tensor? box=None, *, Tensor(a!) out) -> ()",
-    lambda *args, **kwargs: None,
+gather_sum_op = define(
+    reference.gather_sum,
+    lambda src, index, weight, offsets: src.new_empty((offsets.shape[0] - 1, *src.shape[1:])),
+)
+row_dot_op = define(
+    reference.row_dot,
+    lambda a, b, a_index, b_index: a.new_empty(a_index.shape, dtype=accumulate_dtype(a.dtype)),
+)
+_mix, _mixed_target, _gather_sum, _row_dot = (
+    signature_of(operator) for operator in (mix_op, mixed_target_op, gather_sum_op, row_dot_op)
 )
 
 
@@ -114,36 +124,39 @@ def _transpose(destination: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ascending, torch.arange(size + 1, device=destination.device))
 
 
-def _per_channel(grad: Tensor, scale: Tensor | None) -> Tensor:
-    return grad if scale is None else grad * reference._per_channel(scale, grad).to(grad.dtype)
+def _scaled(values: Tensor, scale: Tensor | None) -> Tensor:
+    return values if scale is None else values * reference.per_channel(scale, values).to(values.dtype)
 
 
-@differentiable
-class _Mix(Function):
-    operator = mix_op
+def _both_rows(arguments: tuple) -> tuple[Tensor, Tensor]:
+    """(own row, partner's row) of each row of a mix."""
+    own = reference.rows_of(arguments.x, arguments.rows)
+    return own, reference.partner_of(arguments.x, arguments.partner, own)
 
+
+@differentiable(mix_op)
+class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, partner, lam, rows, scale, shift, dtype, memory_format, box):
-        ctx.save_for_backward(x, partner, lam, rows, scale, box)
-        return below_autograd(mix_op, (x, partner, lam, rows, scale, shift, dtype, memory_format, box))
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _mix.Flat(*inputs))
 
     @staticmethod
     def backward(ctx, grad):
-        x, partner, lam, rows, scale, box = ctx.saved_tensors
+        given, needed = kept(ctx), _mix.Flat(*ctx.needs_input_grad)
+        x, lam, box = given.x, given.lam, given.box
         # The result's dtype need not be x's: neither gradient may be rounded to the narrower one on the way.
-        if scale is not None or grad.dtype != x.dtype:
+        if given.scale is not None or grad.dtype != x.dtype:
             grad = grad.to(torch.promote_types(grad.dtype, accumulate_dtype(x.dtype)))
-        grad = _per_channel(grad, scale)
+        grad = _scaled(grad, given.scale)
         count = grad.shape[0]
         sequence = torch.arange(count, device=x.device)
-        own = sequence if rows is None else rows
-        other = reference._partner_of(x, partner, own)
+        own, other = _both_rows(given)
         whole = grad
         if box is not None:
             inside = reference.inside_box(box, x)
             grad = torch.where(inside, 0, whole)
         dx = dlam = None
-        if ctx.needs_input_grad[0]:
+        if needed.x:
             weight = lam.to(accumulate_dtype(grad.dtype)).expand(count)
             terms, sums = grad, [(own, sequence, weight), (other, sequence, 1 - weight)]
             if box is not None:
@@ -153,103 +166,108 @@ class _Mix(Function):
             to, source, weight = (torch.cat(values) for values in zip(*sums, strict=True))
             order, offsets = _transpose(to, x.shape[0])
             dx = call(gather_sum_op, terms, source[order], weight[order], offsets).to(x.dtype)
-        if ctx.needs_input_grad[2]:
+        if needed.lam:
             values = x.to(grad.dtype)
             if box is not None:
                 values = torch.where(inside, 0, values)  # not read by the row that λ mixes, so it may be anything
             dlam = call(row_dot_op, grad, values, sequence, own) - call(row_dot_op, grad, values, sequence, other)
             dlam = (dlam if lam.dim() else dlam.sum()).to(lam.dtype)
-        return dx, None, dlam, *[None] * 6
-
-
-# mixed_target: what a batch's draw comes to, row by row ---------------------------------------------------------------
-
-mixed_target_op = define(
-    "mixed_target(Tensor labels, Tensor? partner, Tensor lam, Tensor rows, int num_mixed) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda labels, partner, lam, rows, num_mixed: (
-        lam.new_empty(rows.shape),
-        *(labels.new_empty(rows.shape) for _ in range(3)),
-    ),
-)
-
-
-@differentiable
-class _MixedTarget(Function):
-    operator = mixed_target_op
+        return _mix.gradients(x=dx, lam=dlam)
 
     @staticmethod
-    def forward(ctx, labels, partner, lam, rows, num_mixed):
-        ctx.save_for_backward(rows)
-        ctx.lam_shape, ctx.num_mixed = lam.shape, num_mixed
-        return below_autograd(mixed_target_op, (labels, partner, lam, rows, num_mixed))
+    def jvp(given, *tangents):
+        moved = _mix.Flat(*tangents)
+        x, terms = given.x, []
+        if moved.x is not None:
+            still = None if given.shift is None else torch.zeros_like(given.shift)
+            layout = given.memory_format or row_format(x)
+            terms.append(call(mix_op, *given._replace(x=moved.x, shift=still, memory_format=layout)))
+        if moved.lam is not None:
+            own, other = _both_rows(given)
+            compute = accumulate_dtype(x.dtype)
+            gap = _scaled(x[own].to(compute) - x[other].to(compute), given.scale)
+            if given.box is not None:
+                gap = torch.where(reference.inside_box(given.box, x), 0, gap)
+            weight = moved.lam.to(compute).expand(own.shape[0]).view(-1, *[1] * (x.dim() - 1))
+            terms.append((weight * gap).to(given.dtype or x.dtype))
+        return sum(terms[1:], terms[0])
+
+
+@differentiable(mixed_target_op)
+class _MixedTarget(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _mixed_target.Flat(*inputs))
 
     @staticmethod
     def backward(ctx, grad, *_):
-        grad = grad[: ctx.num_mixed]
-        if ctx.lam_shape:
-            order, offsets = _transpose(ctx.saved_tensors[0][: ctx.num_mixed], ctx.lam_shape[0])
+        given = kept(ctx)
+        grad = grad[: given.num_mixed]
+        if given.lam.dim():
+            order, offsets = _transpose(given.rows[: given.num_mixed], given.lam.shape[0])
             dlam = call(gather_sum_op, grad, order, torch.ones_like(grad), offsets)
         else:
             dlam = grad.sum()
-        return None, None, dlam, None, None
+        return _mixed_target.gradients(lam=dlam)
+
+    @staticmethod
+    def jvp(given, *tangents):
+        moved = _mixed_target.Flat(*tangents)
+        clean = torch.arange(given.rows.shape[0], device=given.rows.device) >= given.num_mixed
+        lam = torch.where(clean, 0.0, moved.lam[given.rows] if moved.lam.dim() else moved.lam)
+        return lam, None, None, None
 
 
 # gather_sum and row_dot: what gradients of mixing are made of, and mixing of more than two samples --------------------
 
-gather_sum_op = define(
-    "gather_sum(Tensor src, Tensor index, Tensor weight, Tensor offsets) -> Tensor",
-    lambda src, index, weight, offsets: src.new_empty((offsets.shape[0] - 1, *src.shape[1:])),
-)
-row_dot_op = define(
-    "row_dot(Tensor a, Tensor b, Tensor a_index, Tensor b_index) -> Tensor",
-    lambda a, b, a_index, b_index: a.new_empty(a_index.shape, dtype=accumulate_dtype(a.dtype)),
-)
 
-
-@differentiable
-class _GatherSum(Function):
-    operator = gather_sum_op
-
+@differentiable(gather_sum_op)
+class _GatherSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, src, index, weight, offsets):
-        ctx.save_for_backward(src, index, weight, offsets)
-        return below_autograd(gather_sum_op, (src, index, weight, offsets))
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _gather_sum.Flat(*inputs))
 
     @staticmethod
     def backward(ctx, grad):
-        src, index, weight, offsets = ctx.saved_tensors
+        src, index, weight, offsets = kept(ctx)
+        needed = _gather_sum.Flat(*ctx.needs_input_grad)
         sequence = torch.arange(index.shape[0], device=index.device)
         segment = torch.searchsorted(offsets, sequence, right=True) - 1
         dsrc = dweight = None
-        if ctx.needs_input_grad[0]:
+        if needed.src:
             order, transposed = _transpose(index, src.shape[0])
             dsrc = call(gather_sum_op, grad, segment[order], weight[order], transposed)
-        if ctx.needs_input_grad[2]:
+        if needed.weight:
             dweight = call(row_dot_op, grad, src, segment, index)
-        return dsrc, None, dweight, None
-
-
-@differentiable
-class _RowDot(Function):
-    operator = row_dot_op
+        return _gather_sum.gradients(src=dsrc, weight=dweight)
 
     @staticmethod
-    def forward(ctx, a, b, a_index, b_index):
-        ctx.save_for_backward(a, b, a_index, b_index)
-        return below_autograd(row_dot_op, (a, b, a_index, b_index))
+    def jvp(given, *tangents):
+        moved = _gather_sum.Flat(*tangents)
+        named = {"src": moved.src, "weight": moved.weight}
+        return sum(call(gather_sum_op, *given._replace(**{k: v})) for k, v in named.items() if v is not None)
+
+
+@differentiable(row_dot_op)
+class _RowDot(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        keep(ctx, _row_dot.Flat(*inputs))
 
     @staticmethod
     def backward(ctx, grad):
-        a, b, a_index, b_index = ctx.saved_tensors
-        gradients = []
-        for needed, rows, own, other, other_index in (
-            (ctx.needs_input_grad[0], a.shape[0], a_index, b, b_index),
-            (ctx.needs_input_grad[1], b.shape[0], b_index, a, a_index),
-        ):
-            if needed:
-                order, offsets = _transpose(own, rows)
-                gradients.append(call(gather_sum_op, other, other_index[order], grad[order], offsets))
-            else:
-                gradients.append(None)
-        return *gradients, None, None
+        given, needed = kept(ctx), _row_dot.Flat(*ctx.needs_input_grad)
+        da = db = None
+        if needed.a:
+            order, offsets = _transpose(given.a_index, given.a.shape[0])
+            da = call(gather_sum_op, given.b, given.b_index[order], grad[order], offsets)
+        if needed.b:
+            order, offsets = _transpose(given.b_index, given.b.shape[0])
+            db = call(gather_sum_op, given.a, given.a_index[order], grad[order], offsets)
+        return _row_dot.gradients(a=da, b=db)
+
+    @staticmethod
+    def jvp(given, *tangents):
+        moved = _row_dot.Flat(*tangents)
+        named = {"a": moved.a, "b": moved.b}
+        return sum(call(row_dot_op, *given._replace(**{k: v})) for k, v in named.items() if v is not None)

@@ -1,7 +1,7 @@
 """The definition of every operator, in plain PyTorch: what each backend must reproduce.
 
-The functions here have the signatures of ``torch.ops.mixupe`` and run on any device, with nothing compiled.
-Arithmetic is float64 for float64 inputs and float32 for every other dtype; results are rounded once, at the end.
+The functions here define ``torch.ops.mixupe`` and run on any device, with nothing compiled; the operators take their
+NamedTuples as flat lists. Arithmetic is float64 for float64 inputs and float32 for every other dtype; results are rounded once, at the end.
 
 Notation (MixupE, Zou et al., UAI 2023; mixup, Zhang et al., 2018): logits z, p = softmax(z), targets y, λ the weight
 of a row's own sample. CE = -Σ y log p and H = -Σ p log p give eq. 5 of the paper as q̂ = (y - p)ᵀz = H - CE when Σy = 1.
@@ -13,20 +13,31 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype, check_range, row_format
+from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range, penalty_of, row_format
+from .arguments import (
+    LossArguments,
+    LossBackwardOptions,
+    LossStats,
+    RowGradients,
+    RowOptions,
+    RowOutputs,
+    RowStats,
+    RowTarget,
+    check_logits,
+)
 
 # mix: x̃_i = λ_i x_i + (1 - λ_i) x_partner(i)   (mixup, eq. 1)
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
     return torch.arange(x.shape[0], device=x.device) if rows is None else rows
 
 
-def _partner_of(x: Tensor, partner: Tensor | None, rows: Tensor) -> Tensor:
+def partner_of(x: Tensor, partner: Tensor | None, rows: Tensor) -> Tensor:
     """``partner`` None is the flip pairing: row i with row B - 1 - i."""
     return x.shape[0] - 1 - rows if partner is None else partner
 
@@ -66,8 +77,8 @@ def mix(
     """
     check_box(box, x)
     compute = accumulate_dtype(x.dtype)
-    rows = _rows_of(x, rows)
-    partner = _partner_of(x, partner, rows)
+    rows = rows_of(x, rows)
+    partner = partner_of(x, partner, rows)
     check_range("partner", partner, 0, x.shape[0] - 1, f"in [0, {x.shape[0] - 1}]")
     check_range("rows", rows, 0, x.shape[0] - 1, f"in [0, {x.shape[0] - 1}]")
     check_range("lam", lam, 0, 1, "in [0, 1]")
@@ -77,7 +88,7 @@ def mix(
     own, other = x[rows].to(compute), x[partner].to(compute)
     out = torch.where(weight == 1, own, torch.where(weight == 0, other, weight * own + (1 - weight) * other))
     if scale is not None:
-        out = out * _per_channel(scale.to(compute), x) + _per_channel(shift.to(compute), x)
+        out = out * per_channel(scale.to(compute), x) + per_channel(shift.to(compute), x)
     out = out.to(dtype or x.dtype)
     return out.contiguous(memory_format=memory_format or row_format(x))
 
@@ -110,7 +121,7 @@ def mixed_target(
         check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
         partner = partner[rows]
     clean = torch.arange(rows.shape[0], device=rows.device) >= num_mixed
-    partner = torch.where(clean, rows, _partner_of(labels, partner, rows))
+    partner = torch.where(clean, rows, partner_of(labels, partner, rows))
     return torch.where(clean, 1.0, lam[rows] if lam.dim() else lam), partner, labels[rows], labels[partner]
 
 
@@ -140,79 +151,66 @@ def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
 # ce_entropy: (CE, H, lse) of each row, and the one backward for every loss made of them
 
 
-def dense_target(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
+def dense_target(logits: Tensor, target: RowTarget, options: RowOptions) -> Tensor:
     """The (N, C) targets y that the arguments stand for.
 
-    ``target`` is (N, C) already, (N,) class indices, or with ``partner`` and ``lam`` (N,) the mixture
-    λ·onehot(target) + (1 - λ)·onehot(partner). A label equal to ``ignore_index`` has weight 0. Smoothing and
+    Labels are (N, C) already, (N,) class indices, or with ``partner_labels`` and ``lam`` the mixture
+    λ·onehot(labels) + (1 - λ)·onehot(partner_labels). A label equal to ``ignore_index`` has weight 0. Smoothing and
     class weights as in ``torch.nn.functional.cross_entropy``.
     """
     compute, classes = accumulate_dtype(logits.dtype), logits.shape[1]
-    if target.dim() == 2:
-        y = target.to(compute)
-        if label_smoothing:
-            y = y * (1 - label_smoothing) + label_smoothing / classes
+    smoothing = options.label_smoothing
+    if target.dense:
+        y = target.labels.to(compute)
+        if smoothing:
+            y = y * (1 - smoothing) + smoothing / classes
     else:
-        terms = [(target, 1.0)] if partner is None else [(target, lam.to(compute)), (partner, 1 - lam.to(compute))]
+        own = 1.0 if target.lam is None else target.lam.to(compute)
+        terms = [(target.labels, own)]
+        if target.partner_labels is not None:
+            terms.append((target.partner_labels, 1 - own))
         y = logits.new_zeros(logits.shape, dtype=compute)
         for labels, weight in terms:
-            kept = labels != ignore_index
+            kept = labels != options.ignore_index
             weight = (kept * weight).to(compute).unsqueeze(1)
             onehot = torch.zeros_like(y).scatter(1, labels.where(kept, 0).unsqueeze(1), 1.0)
-            y = y + weight * (onehot * (1 - label_smoothing) + label_smoothing / classes)
-    return y if class_weight is None else y * class_weight.to(compute)
+            y = y + weight * (onehot * (1 - smoothing) + smoothing / classes)
+    return y if options.class_weight is None else y * options.class_weight.to(compute)
 
 
-def check_classes(target: Tensor, partner: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Refuse class indices outside [0, classes) other than ``ignore_index``."""
-    for labels in () if target.dim() == 2 else (target,) if partner is None else (target, partner):
-        kept = labels.where(labels != ignore_index, 0)
-        check_range("target", kept, 0, classes - 1, f"a class in [0, {classes - 1}]")
-
-
-def _zero_where(zero: Tensor, values: Tensor) -> Tensor:
+def zero_where(zero: Tensor, values: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros((), dtype=values.dtype, device=values.device), values)
 
 
-def ce_entropy(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None = None,
-    lam: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_rows(logits: Tensor, target: RowTarget, options: RowOptions) -> None:
+    check_logits(logits)
+    target.check(logits)
+    options.check(logits)
+    target.check_values(logits.shape[1], options.ignore_index)
+
+
+def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> RowOutputs:
     """(CE, H, lse) of each row, (N,) each. With ``sigmoid``, (BCE, H, Σ softplus) summed over the classes.
 
     A class with logit -∞ has p = 0 and adds 0; where its target is 0 too, it adds 0 to CE.
     """
-    check_classes(target, partner, logits.shape[1], ignore_index)
+    _check_rows(logits, target, options)
     z = logits.to(accumulate_dtype(logits.dtype))
-    y = dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
-    if sigmoid:
+    y = dense_target(logits, target, options)
+    if options.sigmoid:
         e = torch.exp(-z.abs())
         softplus = z.clamp(min=0) + torch.log1p(e)
-        entropy = torch.log1p(e) + _zero_where(e == 0, z.abs() * e / (1 + e))
-        ce = softplus - _zero_where(y == 0, y * z)
-        return ce.sum(1), entropy.sum(1), softplus.sum(1)
+        entropy = torch.log1p(e) + zero_where(e == 0, z.abs() * e / (1 + e))
+        ce = softplus - zero_where(y == 0, y * z)
+        return RowOutputs(ce.sum(1), entropy.sum(1), softplus.sum(1))
     top = z.amax(1, keepdim=True)
     log_sum = torch.exp(z - top).sum(1, keepdim=True).log()
     log_p = z - top - log_sum
     p = torch.exp(log_p)
-    entropy = -_zero_where(p == 0, p * log_p).sum(1)
+    entropy = -zero_where(p == 0, p * log_p).sum(1)
     # In float64: added to a label's share, what smoothing gives each of many classes would be rounded away.
-    ce = -_zero_where(y == 0, y * log_p).sum(1, dtype=torch.float64).to(z.dtype)
-    return ce, entropy, (top + log_sum).squeeze(1)
+    ce = -zero_where(y == 0, y * log_p).sum(1, dtype=torch.float64).to(z.dtype)
+    return RowOutputs(ce, entropy, (top + log_sum).squeeze(1))
 
 
 def log_softmax(z: Tensor, lse: Tensor) -> Tensor:
@@ -221,40 +219,32 @@ def log_softmax(z: Tensor, lse: Tensor) -> Tensor:
     return log_p - log_p.logsumexp(1, keepdim=True)
 
 
-def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).unsqueeze(1) if grad is None else grad.to(like.dtype).unsqueeze(1)
+def columns_of(grads: RowGradients, like: Tensor) -> list[Tensor]:
+    """Each gradient as (N, 1) of the dtype of ``like`` (N,); zeros for one of None."""
+    return [(torch.zeros_like(like) if grad is None else grad.to(like.dtype)).unsqueeze(1) for grad in grads]
 
 
 def ce_entropy_backward(
-    grad_ce: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logits: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    partner: Tensor | None = None,
-    lam: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    sigmoid: bool = False,
+    grads: RowGradients, logits: Tensor, stats: RowStats, target: RowTarget, options: RowOptions
 ) -> Tensor:
     """dz_k = p_k [g_ce·Σy + g_lse - g_H (log p_k + H)] - g_ce·y_k; a gradient of None is zero.
 
     With ``sigmoid``: dz_k = g_ce (σ_k - y_k) + g_lse σ_k - g_H z_k σ_k (1 - σ_k).
     """
-    z = logits.to(accumulate_dtype(logits.dtype))
-    y = dense_target(logits, target, partner, lam, class_weight, label_smoothing, ignore_index)
-    g_ce, g_h, g_lse = (_or_zero(g, lse) for g in (grad_ce, grad_entropy, grad_lse))
-    if sigmoid:
+    _check_rows(logits, target, options)
+    grads.check(logits)
+    stats.check(logits)
+    z, lse = logits.to(accumulate_dtype(logits.dtype)), stats.lse
+    y = dense_target(logits, target, options)
+    g_ce, g_h, g_lse = columns_of(grads, lse)
+    if options.sigmoid:
         p = torch.sigmoid(z)
         variance = p * torch.sigmoid(-z)
-        dz = g_ce * (p - y) + g_lse * p - g_h * _zero_where(variance == 0, z * variance)
+        dz = g_ce * (p - y) + g_lse * p - g_h * zero_where(variance == 0, z * variance)
         return dz.to(logits.dtype).contiguous()
     log_p = log_softmax(z, lse)
     p = torch.exp(log_p)
-    from_entropy = _zero_where(p == 0, p * (log_p + entropy.unsqueeze(1)))
+    from_entropy = zero_where(p == 0, p * (log_p + stats.entropy.unsqueeze(1)))
     dz = p * (g_ce * y.sum(1, keepdim=True) + g_lse) - g_h * from_entropy - g_ce * y
     return dz.to(logits.dtype).contiguous()
 
@@ -262,88 +252,76 @@ def ce_entropy_backward(
 # mixupe_loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
 
 
-def kept_labels(target: Tensor, partner: Tensor | None, lam: Tensor | None) -> Tensor | None:
-    """The share of each row's labels that is not ignored, (N,); None for dense targets, which ignore nothing."""
-    if target.dim() == 2:
-        return None
-    own = target != IGNORE_INDEX
-    if partner is None:
-        return own.to(torch.float32)
-    other = partner != IGNORE_INDEX
-    return torch.where(own & other, 1.0, own * lam + other * (1 - lam))
+def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
+    """The share of each row's labels that is not ignored, (N,); dense targets ignore nothing."""
+    if target.dense:
+        return torch.ones_like(like)
+    own = target.labels != IGNORE_INDEX
+    if target.partner_labels is None:
+        return own.to(like.dtype)
+    other = target.partner_labels != IGNORE_INDEX
+    return torch.where(own & other, 1.0, own * target.lam + other * (1 - target.lam)).to(like.dtype)
 
 
-def q_hat(
-    ce: Tensor, entropy: Tensor, lse: Tensor, target: Tensor, sigmoid: bool = False, label_smoothing=0.0
-) -> Tensor:
+def q_hat(rows: RowOutputs, target: RowTarget, label_smoothing: float, sigmoid: bool) -> Tensor:
     """q̂ = H - CE + (Σy - 1)·lse; the last term is there only where targets are dense and so need not sum to 1."""
-    if target.dim() == 2 and not sigmoid:
-        mass = target.to(lse.dtype).sum(1) * (1 - label_smoothing) + label_smoothing
-        return entropy - ce + _zero_where(mass == 1, (mass - 1) * lse)
-    return entropy - ce
-
-
-def mixupe_loss(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-    penalty: int = 0,
-    threshold: float = 1.0,
-    rescale: bool = True,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, parts, signed_entropy, lse); penalty indexes PENALTIES.
-
-    parts = (L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R). The first ``num_mixed`` rows carry L_mix
-    and the last ``num_reg`` carry R. Rows whose label is ignored leave both means, and a mean over no rows is 0.
-    """
-    rows = ce_entropy(logits, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid)
-    options = (num_mixed, num_reg, penalty, threshold, rescale, label_smoothing, sigmoid)
-    return *loss_of_rows(*rows, target, partner, lam, eta, reg_weight, *options), rows[2]
+    q = rows.entropy - rows.ce
+    if target.dense and not sigmoid:
+        mass = target.labels.to(q.dtype).sum(1) * (1 - label_smoothing) + label_smoothing
+        q = q + (mass - 1) * rows.lse
+    return q
 
 
 def loss_of_rows(
-    ce: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-    penalty: int,
-    threshold: float,
-    rescale: bool,
-    label_smoothing: float,
-    sigmoid: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, parts, signed_entropy) of rows whose CE, H and lse are known."""
-    q = q_hat(ce, entropy, lse, target, sigmoid, label_smoothing)
-    kept = kept_labels(target, partner, lam)
-    kept = torch.ones_like(ce) if kept is None else kept.to(ce.dtype)
-    regularized = (torch.arange(ce.shape[0], device=ce.device) >= ce.shape[0] - num_reg) & (kept == 1)
-    value = (q.abs(), _zero_where(q >= threshold, -q), -q)[penalty]
-    slope = (torch.sign(q), -(q < threshold).to(q.dtype), -torch.ones_like(q))[penalty]
-    slope = torch.where(q.isnan(), q, slope)
-    rows_mix, rows_reg = kept[:num_mixed].sum(), regularized.sum().to(ce.dtype)
-    per_mix = torch.where(rows_mix > 0, 1 / rows_mix, 0.0).to(ce.dtype)
-    per_reg = reg_weight.to(ce.dtype) * torch.where(rows_reg > 0, 1 / rows_reg, 0.0).to(ce.dtype)
-    eta = eta.to(ce.dtype)
-    mix_loss = ce[:num_mixed].sum() * per_mix
-    reg = _zero_where(~regularized, value).sum() * per_reg
-    total = mix_loss + eta * reg
-    eta_hat = torch.where(total == 0, 1.0, mix_loss.abs() / total.abs()) if rescale else torch.ones_like(total)
-    eta_hat = eta_hat.to(ce.dtype)
-    parts = torch.stack([mix_loss, reg, eta_hat, eta_hat * per_mix, eta_hat * eta * per_reg])
-    return eta_hat * total, parts, sign_entropy(entropy, _zero_where(~regularized, slope))
+    ce: Tensor, kept: Tensor, value: Tensor, counted: Tensor, arguments: LossArguments
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts) from each row's CE and kept share, (N,), and from the penalty and whether it counts, of any rows.
+
+    ``parts``: L_mix, R, η̂, and the two factors that each CE and each penalty have in the loss; constants to autograd.
+    """
+    rows_mix, rows_reg = kept[: arguments.num_mixed].sum(), counted.sum().to(ce.dtype)
+    # 1 / 0 would make the gradient NaN even where it is not chosen.
+    per_mix, per_reg = (
+        torch.where(rows > 0, 1 / torch.where(rows > 0, rows, 1.0), 0.0) for rows in (rows_mix, rows_reg)
+    )
+    per_reg = arguments.reg_weight * per_reg
+    mix_loss = ce[: arguments.num_mixed].sum() * per_mix
+    reg = zero_where(~counted, value).sum() * per_reg
+    total = mix_loss + arguments.eta * reg
+    eta_hat = torch.ones_like(total)
+    if arguments.rescale:
+        eta_hat = torch.where(total == 0, eta_hat, mix_loss.abs() / total.abs()).detach()
+    parts = torch.stack([mix_loss, reg, eta_hat, eta_hat * per_mix, eta_hat * arguments.eta * per_reg])
+    return eta_hat * total, parts.detach()
+
+
+def regularized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor]:
+    """q̂ of the last ``num_reg`` rows, and whether each counts: one with an ignored label does not."""
+    first = rows.ce.shape[0] - arguments.num_reg
+    q = q_hat(rows, target, arguments.label_smoothing, arguments.sigmoid)
+    return q[first:], kept_labels(target, rows.ce)[first:] == 1
+
+
+def penalized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, parts, signed entropy) of rows whose CE, H and lse are known."""
+    q, counted = regularized(rows, target, arguments)
+    penalty = penalty_of(arguments.penalty)
+    value = penalty.value(q, arguments.threshold)
+    slope = torch.where(q.isnan(), q, penalty.slope(q, arguments.threshold))
+    loss, parts = loss_of_rows(rows.ce, kept_labels(target, rows.ce), value, counted, arguments)
+    elsewhere = q.new_zeros(rows.ce.shape[0] - q.shape[0])
+    return loss, parts, sign_entropy(rows.entropy, torch.cat([elsewhere, zero_where(~counted, slope)]))
+
+
+def mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, parts, signed entropy, lse): a 0-d loss, (5,) parts as in ``loss_of_rows``, and two floats a row, (N,) each.
+
+    R is taken on the last ``num_reg`` rows, L_mix on the first ``num_mixed``; a row whose label is ignored leaves both.
+    """
+    check_logits(logits)
+    arguments.check(logits)
+    rows = ce_entropy(logits, target, arguments.of_rows)
+    return *penalized(rows, target, arguments), rows.lse
 
 
 def sign_entropy(entropy: Tensor, slope: Tensor) -> Tensor:
@@ -359,85 +337,44 @@ def split_sign(signed_entropy: Tensor) -> tuple[Tensor, Tensor]:
     """(H, slope) of ``sign_entropy``; H is 0 where the slope is."""
     flat = signed_entropy.isinf()
     slope = torch.where(signed_entropy.signbit(), -1.0, 1.0).to(signed_entropy.dtype)
-    return _zero_where(flat, signed_entropy.abs()), _zero_where(flat, slope)
+    return zero_where(flat, signed_entropy.abs()), zero_where(flat, slope)
 
 
-def loss_coefficients(
-    grad: Tensor,
-    target: Tensor,
-    parts: Tensor,
-    signed_entropy: Tensor,
-    num_mixed: int,
-    penalty: int,
-    label_smoothing: float,
-    sigmoid: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (g_ce, g_H, g_lse) of ``grad``·loss, (N,) each; η̂ is a constant (detached, MixupE eq. 9)."""
-    _, slope = split_sign(signed_entropy)
+def loss_coefficients(grad: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions) -> RowGradients:
+    """The gradients of ``grad``·loss with respect to CE, H and lse; η̂ is a constant (detached, MixupE eq. 9)."""
+    _, slope = split_sign(stats.signed_entropy)
+    _, _, _, of_ce, of_penalty = stats.parts.unbind()
     grad = grad.to(slope.dtype)
-    outside = torch.arange(slope.shape[0], device=slope.device) >= num_mixed
-    g_q = _zero_where(slope == 0, grad * parts[4] * slope)
-    g_ce = _zero_where(outside, (grad * parts[3]).expand_as(slope)) - g_q
+    outside = torch.arange(slope.shape[0], device=slope.device) >= options.num_mixed
+    g_q = zero_where(slope == 0, grad * of_penalty * slope)
+    g_ce = zero_where(outside, (grad * of_ce).expand_as(slope)) - g_q
     g_lse = torch.zeros_like(g_q)
-    if target.dim() == 2 and not sigmoid:
-        g_lse = g_q * (target.to(g_q.dtype).sum(1) * (1 - label_smoothing) + label_smoothing - 1)
-    # linear_detached: (y - p) is a constant, so H has no gradient of its own.
-    g_entropy = torch.zeros_like(g_q) if PENALTIES[penalty] == "linear_detached" else g_q
-    return g_ce, g_entropy, g_lse
+    if target.dense and not options.sigmoid:
+        smoothing = options.label_smoothing
+        g_lse = g_q * (target.labels.to(g_q.dtype).sum(1) * (1 - smoothing) + smoothing - 1)
+    # Where p is a constant, H has no gradient of its own.
+    g_entropy = torch.zeros_like(g_q) if penalty_of(options.penalty).detached else g_q
+    return RowGradients(g_ce, g_entropy, g_lse)
 
 
 def mixupe_loss_backward(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    parts: Tensor,
-    signed_entropy: Tensor,
-    lse: Tensor,
-    num_mixed: int,
-    penalty: int = 0,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
+    grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions
 ) -> Tensor:
     """The gradient of ``grad``·loss with respect to the logits, (N, C)."""
-    options = (num_mixed, penalty, label_smoothing, sigmoid)
-    coefficients = loss_coefficients(grad, target, parts, signed_entropy, *options)
-    entropy, _ = split_sign(signed_entropy)
-    return ce_entropy_backward(
-        *coefficients, logits, entropy, lse, target, partner, lam, None, label_smoothing, IGNORE_INDEX, sigmoid
-    )
+    check_logits(logits)
+    target.check(logits)
+    stats.check(logits)
+    options.check(logits)
+    entropy, _ = split_sign(stats.signed_entropy)
+    coefficients = loss_coefficients(grad, target, stats, options)
+    return ce_entropy_backward(coefficients, logits, RowStats(entropy, stats.lse), target, options.of_rows)
 
 
-def mixupe_loss_backward_out(*args, out: Tensor, **kwargs) -> None:
+def mixupe_loss_backward_out(
+    grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions, *, out: Tensor
+) -> None:
     """``mixupe_loss_backward`` into ``out``, which may be the logits themselves."""
-    out.copy_(mixupe_loss_backward(*args, **kwargs))
-
-
-def _check_loss(logits: Tensor, labels: tuple, weights: tuple[Tensor, Tensor], counts: tuple[int, int]) -> None:
-    """What compiled operators check of these arguments, too: the loss calls this one before it has looked at them."""
-    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
-    (target, partner, lam), (eta, reg_weight) = labels, weights
-    rows, compute = logits.shape[0], accumulate_dtype(logits.dtype)
-    dense = target.dim() == 2
-    if not dense and (partner is None) != (lam is None):
-        raise ValueError("partner and lam must be given together")
-    for name, value, dtype, shape in (
-        ("target", target, compute if dense else torch.int64, logits.shape if dense else (rows,)),
-        ("partner", partner, torch.int64, (rows,)),
-        ("lam", lam, compute, (rows,)),
-        ("eta", eta, compute, ()),
-        ("reg_weight", reg_weight, compute, ()),
-    ):
-        if value is not None:
-            checks.dtype(name, value, (dtype,))
-            checks.shape(name, value, () if name == "lam" and value.dim() == 0 else shape)
-            checks.same_device(name, value, "logits", logits)
-    for name, count in zip(("num_mixed", "num_reg"), counts, strict=True):
-        if not 0 <= count <= rows:
-            raise ValueError(f"{name} must be in [0, {rows}], got {count}")
+    out.copy_(mixupe_loss_backward(grad, logits, target, stats, options))
 
 
 def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Callable:
@@ -445,28 +382,12 @@ def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Call
 
     @torch.no_grad()
     def mixupe_loss_with_gradient(
-        logits: Tensor,
-        target: Tensor,
-        partner: Tensor | None,
-        lam: Tensor | None,
-        eta: Tensor,
-        reg_weight: Tensor,
-        num_mixed: int,
-        num_reg: int,
-        penalty: int = 0,
-        threshold: float = 1.0,
-        rescale: bool = True,
-        label_smoothing: float = 0.0,
-        sigmoid: bool = False,
+        logits: Tensor, target: RowTarget, arguments: LossArguments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
-        labels, tail = (target, partner, lam), (label_smoothing, sigmoid)
-        _check_loss(logits, labels, (eta, reg_weight), (num_mixed, num_reg))
-        loss, parts, *rows = mixupe_loss(
-            logits, *labels, eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale, *tail
-        )
-        one = torch.ones_like(loss)
-        return loss, parts, mixupe_loss_backward(one, logits, *labels, parts, *rows, num_mixed, penalty, *tail)
+        loss, *stats = mixupe_loss(logits, target, arguments)
+        stats, options = LossStats(*stats), arguments.of_backward
+        return loss, stats.parts, mixupe_loss_backward(torch.ones_like(loss), logits, target, stats, options)
 
     return mixupe_loss_with_gradient
 

@@ -1,135 +1,186 @@
-"""How an operator is declared: its schema once, the reference for every device, its fake, its autograd.
+"""How an operator is declared: its schema from its reference's signature, the reference for every device, its autograd.
 
 The reference is registered for every device, so that each operator exists with nothing compiled; ``backends`` adds faster
 kernels under the same names and the dispatcher picks one.
 
-Autograd is registered as an ``autograd.Function`` on the Autograd key: ``torch.library.register_autograd``
-does the same at twice the cost a call (66 against 32 µs for a forward and backward of three small outputs, torch 2.13).
+An operator is differentiable by one ``torch.autograd.Function``, in calls of the public functions and of ``torch.ops``.
+``torch.library.register_autograd`` does that at twice the cost a call (66 against 32 µs for a forward and backward of three
+small outputs, torch 2.13), drops tangents of forward mode without a word, and is refused by torch.func.
+
+This is the one file of the package that uses private names of torch, each with its reason.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
-from . import reference
+from .arguments import Signature
 
 library = torch.library.Library("mixupe", "DEF")
 
-
-def define(schema: str, fake: Callable | None = None) -> Callable:
-    """Declare an operator whose reference is the function of the same name; return its overload."""
-    name = schema.split("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-    if fake is not None:
-        torch.library.register_fake(f"mixupe::{name}", fake, lib=library)
-    return getattr(torch.ops.mixupe, name).default
+_signatures: dict[str, Signature] = {}
+_functions: dict[Callable, "_Differentiable"] = {}
 
 
-# Operator → its kernel for the Autograd key.
-_kernels: dict[Callable, Callable] = {}
+def define(function: Callable, fake: Callable) -> Callable:
+    """Declare the operator that ``function`` defines, under its name; return its overload."""
+    signature = Signature(function)
+    library.define(signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(signature.name, signature.taking_flat(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mixupe::{signature.name}", fake, lib=library)
+    _signatures[signature.name] = signature
+    return getattr(torch.ops.mixupe, signature.name).default
 
 
-class Function(torch.autograd.Function):
-    """One whose ``apply`` leaves out what functions with a ``setup_context`` need: 3 of 36 µs, 8 of 55 with cold caches.
+def signature_of(operator: Callable) -> Signature:
+    return _signatures[operator._schema.name.split("::")[1]]
 
-    Under nested transforms of torch.func the dispatcher calls a kernel of the Autograd key once for each of them, and each
-    time it differentiates for that one alone. ``apply_here`` is for callers that know of no transform, active or past, and
-    takes as much less again.
+
+def operators() -> list[str]:
+    """The name of each operator: what a backend has to provide."""
+    return list(_signatures)
+
+
+def kernels(functions: ModuleType) -> dict[str, Callable]:
+    """A backend's functions by operator, as the dispatcher calls them: with flat arguments."""
+    return {name: signature.taking_flat(getattr(functions, name)) for name, signature in _signatures.items()}
+
+
+# What a Function keeps -------------------------------------------------------------------------------------------------
+
+
+def keep(ctx: Any, values: tuple) -> None:
+    """Save a namedtuple for the backward and for forward mode: its tensors as autograd saves them, the rest as they are."""
+    tensors = [value if isinstance(value, Tensor) else None for value in values]
+    ctx.save_for_backward(*tensors)
+    if forward_mode():
+        ctx.save_for_forward(*tensors)
+    ctx.others = values._make(None if isinstance(value, Tensor) else value for value in values)
+
+
+def kept(ctx: Any) -> Any:
+    """The namedtuple that ``keep`` saved."""
+    saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+    return ctx.others._make(other if tensor is None else tensor for tensor, other in saved)
+
+
+def _primals(values: Any) -> Any:
+    """The namedtuple without the tangents that forward mode gave its tensors."""
+    return values._make(forward_ad.unpack_dual(v).primal if isinstance(v, Tensor) else v for v in values)
+
+
+# Functions -------------------------------------------------------------------------------------------------------------
+
+
+class _Differentiable(NamedTuple):
+    """The Functions of an operator, which differ in how ``apply`` looks for transforms of torch.func."""
+
+    function: type[torch.autograd.Function]  # the operator's Function
+    eager: type[torch.autograd.Function]  # knows of none
+    single_level: type  # for one, within the dispatcher
+
+    def untransformed(self, operator: Callable, args: tuple) -> Any:
+        """The operator where no transform is active."""
+        differentiated = forward_mode() or (
+            torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
+        )
+        return self.eager.apply(*args) if differentiated else below_autograd(operator, *args)
+
+
+def differentiable(operator: Callable) -> Callable[[type], type]:
+    """Make a class of setup_context and backward the ``operator``'s Function, which has forward mode if it has a jvp.
+
+    ``jvp`` takes what ``keep`` kept and the tangents. A ``vmap`` of its own does better than a loop.
     """
 
-    def __init_subclass__(cls):
-        super().__init_subclass__()
-        cls.apply_here = super(torch.autograd.Function, cls).apply
+    def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        methods = {"backward": function.backward}
+        if function.jvp is not torch.autograd.Function.jvp:
+            methods["jvp"] = _in_forward_mode(function.jvp)
+        if function.vmap is torch.autograd.Function.vmap:
+            function.vmap = staticmethod(functools.partial(each_member, function))
+        function.forward = staticmethod(lambda *args: below_autograd(operator, *args))
 
-    @classmethod
-    def apply(cls, *args):
-        apply = super(torch.autograd.Function, cls).apply
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
-                return apply(*args)
-        unwrap = torch._C._functorch.unwrap_if_dead  # what torch's own apply does next
-        return apply(*[unwrap(value) if isinstance(value, torch.Tensor) else value for value in args])
+        def forward(ctx, *args):
+            output = below_autograd(operator, *args)
+            function.setup_context(ctx, args, output)
+            return output
 
+        for name, method in methods.items():
+            setattr(function, name, staticmethod(method))
+        # Function.apply binds the arguments of a forward apart from its setup_context to the inspected signature: 29 of
+        # 38 µs, which only torch.func needs.
+        eager = _subclass(function, torch.autograd.Function, forward=forward, **methods)
+        single_level = _single_level(operator, function, methods)
+        functions = _functions[operator] = _Differentiable(function, eager, single_level)
+        flat = signature_of(operator).Flat  # with the defaults that the dispatcher drops
 
-def differentiable(function: type[Function]) -> type[Function]:
-    """Register ``function`` on the Autograd key of its ``operator``, which has reverse mode only.
+        def kernel(*args):
+            if transforms_active():
+                return apply_single_level(single_level, flat(*args))
+            return functions.untransformed(operator, flat(*args))
 
-    A function that names its differentiable ``inputs`` takes them and then one tuple of the other arguments, each of
-    which ``apply`` would otherwise look at (13 of them: 3 of 41 µs).
-    """
-    operator = function.operator
-    name = operator._schema.name.split("::")[1]
-    inputs = getattr(function, "inputs", ())
-    arguments = operator._schema.arguments
-    # The dispatcher drops trailing arguments that equal their defaults; backward counts on all of them.
-    defaults = [argument.default_value for argument in arguments]
-    tensors = [index for index, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        library.impl(signature_of(operator).name, kernel, "Autograd")
+        return function
 
-    def kernel(*args):
-        if checks.has_tangent(*args):
-            raise NotImplementedError(
-                f"mixupe::{name} has no derivative in forward mode (torch.func.jvp, jacfwd, hessian): use reverse mode "
-                "(torch.func.grad, jacrev, jacrev of jacrev)"
-            )
-        if torch.is_grad_enabled():
-            args = (*args, *defaults[len(args) :])
-            wanting = [index for index in tensors if args[index] is not None and args[index].requires_grad]
-            if wanting and not inputs:
-                return function.apply(*args)
-            if wanting:
-                if wanting[-1] >= len(inputs):
-                    raise RuntimeError(f"mixupe::{name} is differentiable in {', '.join(inputs)} only")
-                return function.apply(*args[: len(inputs)], args[len(inputs) :])
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    library.impl(name, kernel, "Autograd")
-    _kernels[operator] = kernel
-    return function
+    return register
 
 
-def detached(operator: Callable) -> Callable:
+def _subclass(function: type, base: type, **methods: Callable) -> type:
+    return type(function.__name__, (base,), {name: staticmethod(method) for name, method in methods.items()})
+
+
+def each_member(function: type[torch.autograd.Function], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """A vmap rule for any operator: one call for each member of the mapped dimension."""
+    members = [
+        function.apply(*(v if d is None else v.select(d, i) for v, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(members[0], Tensor):
+        return torch.stack(members), 0
+    return tuple(map(torch.stack, zip(*members, strict=True))), (0,) * len(members[0])
+
+
+def apply_untransformed(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without its look for transforms of torch.func, 2 of 60 µs: for callers that have looked."""
+    return super(torch.autograd.Function, function).apply
+
+
+def without_gradient(operator: Callable) -> Callable:
     """Let autograd pass ``operator`` by: its kernels give results without a gradient, whatever its arguments."""
     library.impl(operator._schema.name.split("::")[1], torch.library.fallthrough_kernel, "Autograd")
     return operator
 
 
-def below_autograd(operator: Callable, args: tuple) -> Any:
-    """The operator's kernel itself, for use inside its ``Function``.
-
-    Under a transform of torch.func that is the kernel of the next outer transform, which may differentiate too, in either
-    mode: both are enabled where a ``Function`` is applied, and disabled while it runs its forward.
-    """
-    if not torch._C._are_functorch_transforms_active():
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
-def call(operator: Callable, *args, **kwargs) -> Any:
-    """``operator(*args)``, with a compiled backend's complaint about a tensor's values as the ValueError it stands for.
-
-    In eager mode the Autograd kernel is called as the Python function it is: the dispatcher would pass every argument
-    to C++ and back to get there (a forward and backward of mixupe_loss on 256 rows: 200 µs so, 140 µs directly).
-    """
-    kernel = _kernels.get(operator)
-    if kernel is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        kernel = operator
+def call(operator: Callable, *args, **written) -> Any:
+    """``operator(*args)`` by its Function, with its complaints about arguments as the errors they stand for."""
     try:
-        return kernel(*args, **kwargs)
-    except RuntimeError as error:
+        functions = _functions.get(operator)
+        if functions is None or torch.compiler.is_compiling():
+            return operator(*args, **written)
+        if transforms_active():
+            return functions.function.apply(*args)
+        return functions.untransformed(operator, args)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise checks.translate(error) from None
 
 
-def operators() -> list[str]:
-    """The name of each operator: what a backend has to provide."""
-    return [name for name in vars(torch.ops.mixupe) if callable(getattr(reference, name, None))]
+# Private names of torch --------------------------------------------------------------------------------------------------
+
+
+def below_autograd(operator: Callable, *args) -> Any:
+    """The operator's kernel itself, for use inside its Function or where nothing is differentiated.
+
+    Nothing public skips the Autograd key.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def transforms_active() -> bool:
@@ -140,3 +191,56 @@ def transforms_active() -> bool:
 def in_backward() -> bool:
     """Whether this thread is running a backward pass. Nothing public tells it; torch.utils.checkpoint asks the same way."""
     return torch._C._current_graph_task_id() != -1
+
+
+def forward_mode() -> bool:
+    """Whether forward mode is at work. Nothing public tells but of one tensor."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed(value: Tensor) -> bool:
+    """Whether torch.func or forward mode is at work, or was on ``value``: more may be differentiated than meets the eye.
+
+    Of nested transforms, an outer one may differentiate in what the inner one takes for a constant. Nothing public tells
+    of a tensor that outlived its transform.
+    """
+    if transforms_active() or forward_mode():
+        return True
+    if torch.compiler.is_compiling():  # no such tensor gets into a graph
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _in_forward_mode(jvp: Callable) -> Callable:
+    """``jvp(kept, *tangents)`` as a Function's, whose result may itself be differentiated in forward mode.
+
+    Autograd disables forward mode while it runs a jvp, and so for outer levels of torch.func, too: jacfwd of jacfwd would
+    come out wrong. Nothing public enables it.
+    """
+
+    def enabled(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(_primals(kept(ctx)), *tangents)
+
+    return enabled
+
+
+# Under torch.func the dispatcher calls a kernel of the Autograd key once for each transform, to differentiate for that one
+# alone. Function.apply would begin with the outermost again, and the kernel of torch.library.register_autograd, which has
+# no setup_context, is refused; torch's own Functions of one level are private. The compiler, which traces operators, needs
+# them: torch.compile(torch.func.grad(loss)).
+
+
+def _single_level(operator: Callable, function: type[torch.autograd.Function], methods: dict[str, Callable]) -> type:
+    def forward(*args):
+        # Both modes are for the next outer transform, and disabled while a forward runs.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return below_autograd(operator, *args)
+
+    base = torch.autograd.function._SingleLevelFunction
+    return _subclass(function, base, forward=forward, setup_context=function.setup_context, **methods)
+
+
+def apply_single_level(function: type, args: tuple) -> Any:
+    with torch._functorch.utils.enable_single_level_autograd_function():
+        return function.apply(*args)

@@ -1,15 +1,16 @@
 """The operators in Triton, for CUDA tensors (for CPU tensors under TRITON_INTERPRET=1): ``KERNELS`` by operator name.
 
-Each function has the signature of the one of its name in ``mixupe_kernels.ops.reference``. Values out of range are not
+Each is the function of its name in ``mixupe_kernels.ops.reference``, taking flat arguments as the dispatcher does. Values out of range are not
 read: they make their row NaN, where the reference raises. A device-side assert would need ``debug=True``.
 """
 
 from collections.abc import Callable
 
 from .. import reference
+from ..arguments import Signature
 from . import backward, forward, mix, sums
 
-KERNELS: dict[str, Callable] = {
+_FUNCTIONS: dict[str, Callable] = {
     "mix": mix.mix,
     "mix_out": mix.mix_out,
     "mixed_target": mix.mixed_target,
@@ -21,4 +22,8 @@ KERNELS: dict[str, Callable] = {
     "mixupe_loss_with_gradient": reference.with_gradient(forward.mixupe_loss, backward.mixupe_loss_backward),
     "mixupe_loss_backward": backward.mixupe_loss_backward,
     "mixupe_loss_backward_out": backward.mixupe_loss_backward_out,
+}
+
+KERNELS: dict[str, Callable] = {
+    name: Signature(getattr(reference, name)).taking_flat(function) for name, function in _FUNCTIONS.items()
 }

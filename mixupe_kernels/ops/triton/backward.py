@@ -9,11 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...conventions import IGNORE_INDEX
+from ...conventions import penalty_of
+from ..arguments import (
+    LossBackwardOptions,
+    LossStats,
+    RowGradients,
+    RowOptions,
+    RowStats,
+    RowTarget,
+    check_logits,
+)
 from .launch import Tile, launch_tiled
 from .rows import (
     PEEL_FROM,
-    Target,
     aligned_part,
     dense_tile,
     edge_columns,
@@ -45,7 +53,7 @@ def row_gradient(
     n, num_mixed, grad_strides,
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr,
+    DETACHED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, column groups) of ``dz``.
@@ -99,7 +107,7 @@ def row_gradient(
         g_q = zero_where(slope == 0, grad * tl.load(upstream[1] + 4) * slope)
         g_ce = tl.where(row < num_mixed, grad * tl.load(upstream[1] + 3), 0.0) - g_q
         g_lse = g_q * (mass - 1) if DENSE and not SIGMOID else g_q * 0
-        g_entropy = g_q * 0 if PENALTY == 2 else g_q
+        g_entropy = g_q * 0 if DETACHED else g_q
     # A label out of range makes its row NaN, whatever its gradient.
     g_ce = tl.where(kept == kept, g_ce, kept)
     if SIGMOID:
@@ -142,32 +150,38 @@ def row_gradient(
 def _backward(
     out: Tensor,
     logits: Tensor,
-    target: Target,
-    saved: tuple[Tensor, ...],
-    grads: tuple[Tensor | None, ...],
-    loss: tuple | None,
-    label_smoothing: float,
-    ignore_index: int,
-    sigmoid: bool,
+    rows: RowTarget,
+    options: RowOptions,
+    stats: RowStats,
+    grads: RowGradients,
+    loss: tuple[Tensor, Tensor, LossBackwardOptions] | None = None,
 ) -> None:
-    """Write dz into ``out``, from ``grads`` or for a ``loss`` of (upstream, num_mixed, penalty)."""
+    """Write dz into ``out``, from ``grads`` or for a ``loss`` of (upstream gradient, parts, options)."""
+    check_logits(logits)
+    for arguments in (rows, options, stats, grads):
+        arguments.check(logits)
+    upstream, num_mixed, detached = None, 0, False
+    if loss is not None:
+        grad, parts, loss_options = loss
+        loss_options.check(logits)
+        upstream, num_mixed, detached = (grad, parts), loss_options.num_mixed, penalty_of(loss_options.penalty).detached
+    saved = tuple(stat.contiguous() for stat in stats)
+    target = prepare_target(rows, options.class_weight)
     buffer = unit_columns(out)
     logits = unit_columns(logits)
     n, columns = logits.shape
-    upstream, num_mixed, penalty = loss or (None, 0, 0)
-    dense = target.labels.dim() == 2
-    summed = dense or (label_smoothing != 0 and target.class_weight is not None)
+    summed = rows.dense or (options.label_smoothing != 0 and target.class_weight is not None)
     family = "row_gradient_summed" if summed else "row_gradient"
 
     def run(tile: Tile) -> None:
         # A program that must sum its row's targets first does the whole row, lest every tile sum it again.
         span = triton.cdiv(columns, tile.block) * tile.block if summed else tile.block
         row_gradient[(triton.cdiv(n, tile.rows), triton.cdiv(columns, span))](
-            buffer, logits, target, saved, grads, upstream, n, num_mixed,
+            buffer, logits, target, saved, tuple(grads), upstream, n, num_mixed,
             tuple(0 if grad is None else grad.stride(0) for grad in grads),
             C=columns, STRIDE=logits.stride(0), TARGET_STRIDE=target.labels.stride(0), OUT_STRIDE=buffer.stride(0),
-            LABEL_SMOOTHING=label_smoothing, IGNORE_INDEX=ignore_index, SIGMOID=sigmoid,
-            PENALTY=penalty,
+            LABEL_SMOOTHING=options.label_smoothing, IGNORE_INDEX=options.ignore_index, SIGMOID=options.sigmoid,
+            DETACHED=detached,
             ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
         )  # fmt: skip
 
@@ -179,66 +193,27 @@ def _backward(
 
 
 def ce_entropy_backward(
-    grad_ce: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logits: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    partner: Tensor | None = None,
-    lam: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = IGNORE_INDEX,
-    sigmoid: bool = False,
+    grads: RowGradients, logits: Tensor, stats: RowStats, target: RowTarget, options: RowOptions
 ) -> Tensor:
     """dz of (CE, H, lse), (N, C) in the logits' dtype; as ``reference.ce_entropy_backward``."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    prepared, grads = prepare_target(target, partner, lam, class_weight), (grad_ce, grad_entropy, grad_lse)
-    saved = (entropy.contiguous(), lse.contiguous())
-    _backward(out, logits, prepared, saved, grads, None, label_smoothing, ignore_index, sigmoid)
+    _backward(out, logits, target, options, stats, grads)
     return out
 
 
 def mixupe_loss_backward_out(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    parts: Tensor,
-    signed_entropy: Tensor,
-    lse: Tensor,
-    num_mixed: int,
-    penalty: int = 0,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
-    *,
-    out: Tensor,
+    grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions, *, out: Tensor
 ) -> None:
     """``mixupe_loss_backward`` into ``out`` (N, C), which may be the logits themselves: a tile is read, then written."""
-    prepared, saved = prepare_target(target, partner, lam, None), (signed_entropy, lse)
-    loss = ((grad, parts), num_mixed, penalty)
-    _backward(out, logits, prepared, saved, (None, None, None), loss, label_smoothing, IGNORE_INDEX, sigmoid)
+    row_stats = RowStats(stats.signed_entropy, stats.lse)
+    no_grads = RowGradients(None, None, None)
+    _backward(out, logits, target, options.of_rows, row_stats, no_grads, (grad, stats.parts, options))
 
 
 def mixupe_loss_backward(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    parts: Tensor,
-    signed_entropy: Tensor,
-    lse: Tensor,
-    num_mixed: int,
-    penalty: int = 0,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
+    grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions
 ) -> Tensor:
     """The gradient of ``grad``·loss, (N, C) in the logits' dtype; as ``reference.mixupe_loss_backward``."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    options = (num_mixed, penalty, label_smoothing, sigmoid)
-    mixupe_loss_backward_out(grad, logits, target, partner, lam, parts, signed_entropy, lse, *options, out=out)
+    mixupe_loss_backward_out(grad, logits, target, stats, options, out=out)
     return out

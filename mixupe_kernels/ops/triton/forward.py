@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...conventions import IGNORE_INDEX, accumulate_dtype
+from ...conventions import accumulate_dtype
+from ..arguments import LossArguments, RowOptions, RowTarget, check_logits
 from .launch import Tile, launch_tiled, splits_for
 from .rows import (
     PEEL_FROM,
-    Target,
     aligned_part,
     anchor_of,
     dense_tile,
     edge_columns,
     fold,
     label_terms,
+    penalty_of,
     prepare_target,
     q_hat,
     quotient,
@@ -77,16 +78,7 @@ def finish_rows(
         tl.store(saved[1] + row, entropy, mask=inside)
     else:
         q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
-        # A q of NaN stays NaN in both.
-        if PENALTY == 0:
-            value = tl.abs(q)
-            slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
-        elif PENALTY == 1:
-            value = zero_where(q >= THRESHOLD, -q)
-            slope = zero_where(q >= THRESHOLD, tl.where(q == q, -1.0, q))
-        else:
-            value = -q
-            slope = tl.where(q == q, -1.0, q)
+        value, slope = penalty_of(q, PENALTY, THRESHOLD)
         mixed = inside & (row < num_mixed)
         # NaN (a label out of range) counts as whole, so that it reaches the loss.
         whole = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
@@ -252,28 +244,26 @@ def loss_total(
 
 
 def _forward(
-    logits: Tensor,
-    target: Target,
-    loss: tuple | None,
-    label_smoothing: float,
-    ignore_index: int,
-    sigmoid: bool,
+    logits: Tensor, rows: RowTarget, options: RowOptions, loss: LossArguments | None = None
 ) -> tuple[Tensor, ...]:
-    """(CE, H, lse), or for a ``loss`` of (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale) the loss, its
-    parts, signed H and lse."""
+    """(CE, H, lse), or for a ``loss`` the loss, its parts, signed H and lse."""
+    check_logits(logits)
+    for arguments in (rows, options) if loss is None else (rows, options, loss):
+        arguments.check(logits)
+    target = prepare_target(rows, options.class_weight)
     logits = unit_columns(logits)
     n, columns = logits.shape
     new = functools.partial(torch.empty, dtype=accumulate_dtype(logits.dtype), device=logits.device)
     saved = (None if loss else new(n), new(n), new(n))
     total, parts = new(()), new(5)
-    eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale = loss or (None, None, 0, 0, 0, 1.0, False)
+    num_mixed, num_reg = (loss.num_mixed, loss.num_reg) if loss else (0, 0)
     shape = {"C": columns, "STRIDE": logits.stride(0)}
     flags = {
-        "LABEL_SMOOTHING": label_smoothing,
-        "IGNORE_INDEX": ignore_index,
-        "SIGMOID": sigmoid,
-        "PENALTY": penalty,
-        "THRESHOLD": threshold,
+        "LABEL_SMOOTHING": options.label_smoothing,
+        "IGNORE_INDEX": options.ignore_index,
+        "SIGMOID": options.sigmoid,
+        "PENALTY": loss.penalty if loss else 0,
+        "THRESHOLD": loss.threshold if loss else 1.0,
     }
 
     def run(tile: Tile) -> None:
@@ -295,45 +285,19 @@ def _forward(
             )  # fmt: skip
         if loss:
             loss_total[(1,)](
-                total, parts, sums, eta, reg_weight, groups,
-                RESCALE=rescale, BLOCK=1024, num_warps=4, num_stages=1,
+                total, parts, sums, loss.eta, loss.reg_weight, groups,
+                RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
             )  # fmt: skip
 
     launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)
     return (total, parts, *saved[1:]) if loss else saved
 
 
-def ce_entropy(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None = None,
-    lam: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = IGNORE_INDEX,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(CE, H, lse) of each row in one launch, or two where few long rows are split; as ``reference.ce_entropy``."""
-    prepared = prepare_target(target, partner, lam, class_weight)
-    return _forward(logits, prepared, None, label_smoothing, ignore_index, sigmoid)
+    return _forward(logits, target, options)
 
 
-def mixupe_loss(
-    logits: Tensor,
-    target: Tensor,
-    partner: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor,
-    reg_weight: Tensor,
-    num_mixed: int,
-    num_reg: int,
-    penalty: int = 0,
-    threshold: float = 1.0,
-    rescale: bool = True,
-    label_smoothing: float = 0.0,
-    sigmoid: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, parts, signed H, lse) in two launches, or three where few long rows are split; as the reference's."""
-    prepared = prepare_target(target, partner, lam, None)
-    loss = (eta, reg_weight, num_mixed, num_reg, penalty, threshold, rescale)
-    return _forward(logits, prepared, loss, label_smoothing, IGNORE_INDEX, sigmoid)
+    return _forward(logits, target, arguments.of_rows, arguments)

@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import RowTarget
+
 
 class Target(NamedTuple):
     """The targets of N rows: dense (N, C), or class indices (N,), mixed where there is a partner. None compiles away."""
 
     labels: Tensor
-    partner: Tensor | None
+    partner_labels: Tensor | None
     lam: Tensor | None
     class_weight: Tensor | None
 
@@ -28,13 +30,11 @@ def unit_columns(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def prepare_target(target: Tensor, partner: Tensor | None, lam: Tensor | None, class_weight: Tensor | None) -> Target:
+def prepare_target(target: RowTarget, class_weight: Tensor | None) -> Target:
     """The arguments of the operators as the kernels take them, copied only where their strides demand it."""
-    if target.dim() == 2:
-        return Target(unit_columns(target), None, None, class_weight)
-    if partner is None:
-        return Target(target.contiguous(), None, None, class_weight)
-    return Target(target.contiguous(), partner.contiguous(), lam.contiguous(), class_weight)
+    if target.dense:
+        return Target(unit_columns(target.labels), None, None, class_weight)
+    return Target(*(None if part is None else part.contiguous() for part in target), class_weight)
 
 
 # Columns. A row that does not start at a multiple of 16 bytes (C = 21841) is read as an aligned body and up to
@@ -92,7 +92,7 @@ def label_terms(
 ):  # fmt: skip
     """(column, share, peak) of the own label, then of the partner's (column -1 and weight 0 where there is none)."""
     weight = (row * 0 + 1).to(ACC)
-    if target.partner is None:
+    if target.partner_labels is None:
         column, share, peak = label_term(
             target.labels, weight, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
         )
@@ -103,7 +103,7 @@ def label_terms(
             target.labels, lam, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
         )
         other, other_share, other_peak = label_term(
-            target.partner, 1 - lam, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
+            target.partner_labels, 1 - lam, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
         )
         return column, share, peak, other, other_share, other_peak
 
@@ -136,7 +136,7 @@ def target_tile(
     else:
         own, own_share, own_peak, other, other_share, other_peak = terms
         y = tl.where(column == own[:, None], own_peak[:, None], 0.0)
-        if target.partner is not None:
+        if target.partner_labels is not None:
             y += tl.where(column == other[:, None], other_peak[:, None], 0.0)
         if LABEL_SMOOTHING != 0:
             smoothing = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
@@ -212,6 +212,22 @@ def q_hat(ce, entropy, lse, mass, DENSE: tl.constexpr, SIGMOID: tl.constexpr):
     if DENSE and not SIGMOID:
         q += zero_where(mass == 1, (mass - 1) * lse)
     return q
+
+
+@triton.jit
+def penalty_of(q, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr):
+    """(value, slope) of the penalty: the rows of ``conventions.PENALTIES`` by number. A q of NaN stays NaN in both."""
+    if PENALTY == 0:
+        value = tl.abs(q)
+        slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
+    elif PENALTY == 1:
+        value = zero_where(q >= THRESHOLD, -q)
+        slope = zero_where(q >= THRESHOLD, tl.where(q == q, -1.0, q))
+    else:
+        tl.static_assert(PENALTY == 2, "unknown penalty")
+        value = -q
+        slope = tl.where(q == q, -1.0, q)
+    return value, slope
 
 
 @triton.jit

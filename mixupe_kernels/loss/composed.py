@@ -1,0 +1,59 @@
+"""The loss as an expression over ce_entropy: for penalties and q of the caller's own, learned targets and torch.func."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from ..conventions import penalty_of
+from ..ops import LossArguments, RowTarget, reference
+
+
+def composed_loss(
+    rows: Tensor,
+    target: RowTarget,
+    arguments: LossArguments,
+    function: Callable[[Tensor], Tensor] | None = None,
+    q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts), differentiable any number of times, in either mode, in the logits, labels and λ.
+
+    ``function`` of q̂ takes the place of the named penalty, and ``q`` (n,) that of q̂.
+    """
+    arguments.check(rows)
+    # η may be rewritten before the backward, which is one of the η that was.
+    arguments = arguments._replace(eta=arguments.eta.clone())
+    penalty = penalty_of(arguments.penalty)
+    outputs = ops.ce_entropy(rows, target, arguments.of_rows)
+    if q is not None:
+        q = _given(q, outputs.ce)
+        counted = torch.ones_like(q, dtype=torch.bool)
+    elif penalty.detached and function is None:
+        # (y - p)ᵀz with y - p constant has the value q̂, no gradient in y, and in z that of q̂ with H constant.
+        fixed = RowTarget(*(None if part is None else part.detach() for part in target))
+        outputs_fixed = ops.ce_entropy(rows, fixed, arguments.of_rows)
+        outputs_fixed = outputs_fixed._replace(entropy=outputs_fixed.entropy.detach())
+        q, counted = reference.regularized(outputs_fixed, fixed, arguments)
+    else:
+        q, counted = reference.regularized(outputs, target, arguments)
+    value = penalty.value(q, arguments.threshold) if function is None else _own_value(function, q)
+    kept = reference.kept_labels(target, outputs.ce)
+    return reference.loss_of_rows(outputs.ce, kept, value, counted, arguments)
+
+
+def _given(q: Tensor, ce: Tensor) -> Tensor:
+    checks.tensor("q", q)
+    checks.dtype("q", q, checks.LOGITS_DTYPES)
+    checks.shape("q", q, (q.numel(),))
+    checks.same_device("q", q, "logits", ce)
+    return q.to(ce.dtype)
+
+
+def _own_value(function: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
+    value = function(q)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"penalty must return a tensor, got {type(value).__name__}")
+    if value.shape != q.shape:
+        raise ValueError(f"penalty must return one value for each of {tuple(q.shape)}, got {tuple(value.shape)}")
+    return value

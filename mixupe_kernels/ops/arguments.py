@@ -1,0 +1,267 @@
+"""The arguments of the operators, said once: as NamedTuples, their checks, and the schemas that follow from them.
+
+A function of ``reference`` takes these NamedTuples; the dispatcher passes flat lists. A ``Signature`` is read from the
+function and leads from one to the other.
+"""
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype, check_range
+
+
+def check_logits(logits: Tensor) -> None:
+    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
+
+
+def _check(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor) -> None:
+    if value is not None:
+        checks.dtype(name, value, (dtype,))
+        checks.shape(name, value, shape)
+        checks.same_device(name, value, "logits", logits)
+
+
+def _check_of_rows(values: NamedTuple, logits: Tensor) -> None:
+    for name, value in values._asdict().items():
+        _check(name, value, accumulate_dtype(logits.dtype), logits.shape[:1], logits)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _check_penalty(penalty: int) -> None:
+    if not 0 <= penalty < len(PENALTIES):
+        raise ValueError(f"penalty must be in [0, {len(PENALTIES) - 1}], got {penalty}")
+
+
+def _check_count(name: str, count: int, rows: int) -> None:
+    if not 0 <= count <= rows:
+        raise ValueError(f"{name} must be in [0, {rows}], got {count}")
+
+
+class RowTarget(NamedTuple):
+    """The targets of N rows: (N,) int64 class indices, two of them mixed by ``lam`` (N,), or dense (N, C).
+
+    ``lam`` and dense labels have the dtype that the operator computes in.
+    """
+
+    labels: Tensor
+    partner_labels: Tensor | None = None
+    lam: Tensor | None = None
+
+    @property
+    def dense(self) -> bool:
+        return self.labels.dim() == 2
+
+    def check(self, logits: Tensor) -> None:
+        """Raise for a dtype, shape or device that does not go with the logits (N, C)."""
+        compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
+        if self.dense:
+            return _check("labels", self.labels, compute, logits.shape, logits)
+        if (self.partner_labels is None) != (self.lam is None):
+            raise ValueError("partner_labels must be given with lam and only with it")
+        _check("labels", self.labels, torch.int64, rows, logits)
+        _check("partner_labels", self.partner_labels, torch.int64, rows, logits)
+        _check("lam", self.lam, compute, rows, logits)
+
+    def check_device(self, logits: Tensor) -> None:
+        """Raise for a part on another device than the logits: for kernels of ``meta`` tensors, which look at no more."""
+        for name, value in self._asdict().items():
+            if value is not None:
+                checks.same_device(name, value, "logits", logits)
+
+    def check_values(self, classes: int, ignore_index: int) -> None:
+        """Refuse labels outside [0, classes) other than ``ignore_index``, and λ outside [0, 1] or NaN."""
+        if self.dense:
+            return
+        for name, labels in (("labels", self.labels), ("partner_labels", self.partner_labels)):
+            if labels is not None:
+                kept = labels.where(labels != ignore_index, 0)
+                check_range(name, kept, 0, classes - 1, f"a class in [0, {classes - 1}]")
+        if self.lam is not None:
+            check_range("lam", self.lam, 0, 1, "in [0, 1]")
+
+
+class RowOptions(NamedTuple):
+    """How rows are counted: as ``torch.nn.functional.cross_entropy``'s, or of a ``sigmoid`` model."""
+
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int = IGNORE_INDEX
+    sigmoid: bool = False
+
+    def check(self, logits: Tensor) -> None:
+        _check("class_weight", self.class_weight, accumulate_dtype(logits.dtype), logits.shape[1:], logits)
+        _check_smoothing(self.label_smoothing)
+
+
+class RowOutputs(NamedTuple):
+    """Cross-entropy, entropy and log-sum-exp of each row, (N,) each."""
+
+    ce: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+class RowGradients(NamedTuple):
+    """The gradients of ``RowOutputs``; one of None is zero."""
+
+    grad_ce: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+
+    check = _check_of_rows
+
+
+class RowStats(NamedTuple):
+    """What the backward needs of a row beside its logits and target."""
+
+    entropy: Tensor
+    lse: Tensor
+
+    check = _check_of_rows
+
+
+class LossArguments(NamedTuple):
+    """What makes rows a MixupE loss: L_mix on the first ``num_mixed``, R on the last ``num_reg``.
+
+    ``eta`` and ``reg_weight`` are 0-d, of the dtype that the operator computes in; ``penalty`` is a row of ``PENALTIES``.
+    """
+
+    eta: Tensor
+    reg_weight: Tensor
+    num_mixed: int
+    num_reg: int
+    penalty: int = 0
+    threshold: float = 1.0
+    rescale: bool = True
+    label_smoothing: float = 0.0
+    sigmoid: bool = False
+
+    @property
+    def of_rows(self) -> RowOptions:
+        return RowOptions(label_smoothing=self.label_smoothing, sigmoid=self.sigmoid)
+
+    @property
+    def of_backward(self) -> "LossBackwardOptions":
+        return LossBackwardOptions(self.num_mixed, self.penalty, self.label_smoothing, self.sigmoid)
+
+    def check(self, logits: Tensor) -> None:
+        for name, value in (("eta", self.eta), ("reg_weight", self.reg_weight)):
+            _check(name, value, accumulate_dtype(logits.dtype), (), logits)
+        _check_count("num_mixed", self.num_mixed, logits.shape[0])
+        _check_count("num_reg", self.num_reg, logits.shape[0])
+        _check_penalty(self.penalty)
+        _check_smoothing(self.label_smoothing)
+
+
+class LossStats(NamedTuple):
+    """What a loss keeps for its backward: (5,) parts of the whole, and two floats a row."""
+
+    parts: Tensor
+    signed_entropy: Tensor
+    lse: Tensor
+
+    def check(self, logits: Tensor) -> None:
+        compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
+        _check("parts", self.parts, compute, (5,), logits)
+        _check("signed_entropy", self.signed_entropy, compute, rows, logits)
+        _check("lse", self.lse, compute, rows, logits)
+
+
+class LossBackwardOptions(NamedTuple):
+    """Those arguments of the loss that its backward takes: the rest is in ``LossStats``."""
+
+    num_mixed: int
+    penalty: int = 0
+    label_smoothing: float = 0.0
+    sigmoid: bool = False
+
+    @property
+    def of_rows(self) -> RowOptions:
+        return RowOptions(label_smoothing=self.label_smoothing, sigmoid=self.sigmoid)
+
+    def check(self, logits: Tensor) -> None:
+        _check_count("num_mixed", self.num_mixed, logits.shape[0])
+        _check_penalty(self.penalty)
+        _check_smoothing(self.label_smoothing)
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    torch.dtype | None: "ScalarType?",
+    torch.memory_format | None: "MemoryFormat?",
+}
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Name → annotation of a NamedTuple's fields; nothing for other types."""
+    return inspect.get_annotations(kind) if isinstance(kind, type) and issubclass(kind, tuple) else {}
+
+
+class Signature:
+    """An operator's arguments, read from the function that defines it.
+
+    ``schema`` is the dispatcher's, ``Flat`` a namedtuple of its flat arguments. A keyword-only argument is one that the
+    operator writes.
+    """
+
+    def __init__(self, function: Callable):
+        self.name = function.__name__
+        signature = inspect.signature(function)
+        taken = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        written = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+        self._kinds = [(p.annotation, len(_fields(p.annotation))) for p in taken]
+        flat: list[tuple[str, Any, Any]] = []
+        for parameter in taken:
+            fields = _fields(parameter.annotation)
+            defaults = getattr(parameter.annotation, "_field_defaults", {})
+            flat += [(name, kind, defaults.get(name, parameter.empty)) for name, kind in fields.items()]
+            if not fields:
+                flat.append((parameter.name, parameter.annotation, parameter.default))
+        # A default stands only if every argument after it has one.
+        required = max((i + 1 for i, (*_, default) in enumerate(flat) if default is inspect.Parameter.empty), default=0)
+        names, defaults = [name for name, *_ in flat], [default for *_, default in flat[required:]]
+        self.Flat = namedtuple(self.name, names, defaults=defaults)  # noqa: PYI024 (fields known only here)
+        arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in flat]
+        arguments[required:] = [f"{text}={value}" for text, value in zip(arguments[required:], defaults, strict=True)]
+        if written:
+            arguments += ["*", *(f"Tensor(a!) {name}" for name in written)]
+        result = signature.return_annotation
+        outputs = 0 if result is None else len(_fields(result) or get_args(result))
+        returned = "Tensor" if result is Tensor else f"({', '.join(['Tensor'] * outputs)})"
+        self.schema = f"{self.name}({', '.join(arguments)}) -> {returned}"
+
+    def pack(self, *flat: Any) -> list:
+        """The function's arguments from flat ones, with the defaults that the dispatcher drops from their end."""
+        values = iter(self.Flat(*flat))
+        return [kind(*islice(values, size)) if size else next(values) for kind, size in self._kinds]
+
+    def gradients(self, **named: Tensor | None) -> tuple:
+        """What a backward returns: the named gradients in their places, None in all others."""
+        return tuple(named.get(name) for name in self.Flat._fields)
+
+    def taking_flat(self, function: Callable) -> Callable:
+        """``function``, which has the signature read here, as one of flat arguments."""
+        if not any(size for _, size in self._kinds):
+            return function
+
+        def packed(*flat, **written):
+            return function(*self.pack(*flat), **written)
+
+        return packed
