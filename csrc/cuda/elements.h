@@ -4,6 +4,7 @@
 #undef NDEBUG  // device asserts are how a bad label or partner is reported: release builds keep them
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cassert>
 #include <cstdint>

@@ -1,5 +1,7 @@
 // Teams of threads with a row each, and what they hand one another.
 #pragma once
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <cstring>
 
