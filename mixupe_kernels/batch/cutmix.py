@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from ..conventions import constant
+from .randomness import Source, rand
 
 
-def draw_box(lam: Tensor, height: int, width: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def draw_box(lam: Tensor, height: int, width: int, generator: Source) -> tuple[Tensor, Tensor]:
     """A box of the area 1 - λ around a uniform centre, clipped to the image: ((4,) int64 top, bottom, left, right; λ).
 
     The λ returned is the share of the pixels outside the clipped box, exact.
@@ -15,7 +16,7 @@ def draw_box(lam: Tensor, height: int, width: int, generator: torch.Generator | 
         ("image", height, width, lam.device),
         lambda: torch.tensor([height, width], dtype=torch.float64, device=lam.device),
     )
-    centre = (torch.rand(2, dtype=torch.float64, device=lam.device, generator=generator) * size).floor()
+    centre = (rand((2,), generator, lam.device, torch.float64) * size).floor()
     half = (0.5 * torch.sqrt(1 - lam.double()) * size).floor()
     first, last = (centre - half).clamp_(min=0), torch.minimum(centre + half, size)
     area = (last - first).prod()

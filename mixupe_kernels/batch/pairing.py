@@ -12,11 +12,16 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range, sequence
+from .randomness import Stream, from_stream, rand
 
 
 def random(size, generator, device, labels=None, ids=None) -> Tensor:
     """A uniformly random permutation (mixup, Zhang et al., 2018); a sample may meet itself."""
-    return torch.randperm(size, generator=generator, device=device)
+    if generator is None:
+        return torch.randperm(size, device=device)
+    if isinstance(generator, Stream):
+        return from_stream(generator.ticket, generator.key, "randperm", [size], torch.int64, device)
+    return torch.randperm(size, device=device, generator=generator)
 
 
 def flip(size, generator, device, labels=None, ids=None) -> Tensor:
@@ -34,7 +39,7 @@ def derangement(size, generator, device, labels=None, ids=None) -> Tensor:
 
     Each other row is a partner with the same probability. A batch of one row is its own partner.
     """
-    order = torch.randperm(size, generator=generator, device=device)
+    order = random(size, generator, device)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
@@ -50,7 +55,7 @@ def classes(labels: Tensor | None, size: int) -> Tensor:
 def same_class(size, generator, device, labels=None, ids=None) -> Tensor:
     """A permutation, uniformly random within each class."""
     own = classes(labels, size)
-    shuffled = torch.randperm(size, generator=generator, device=device)
+    shuffled = random(size, generator, device)
     # Both orders list the classes in the same order, the second with each class shuffled.
     order = own.argsort(stable=True)
     other = shuffled[own[shuffled].argsort(stable=True)]
@@ -63,7 +68,7 @@ def different_class(size, generator, device, labels=None, ids=None) -> Tensor:
     first = torch.searchsorted(ascending, ascending)
     last = torch.searchsorted(ascending, ascending, right=True)
     others = size - (last - first)
-    uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=device)
+    uniform = rand((size,), generator, device, torch.float64)
     # The rows of other classes are the `others` that follow the class's own, cyclically.
     chosen = (last + (uniform * others).long()) % max(size, 1)
     chosen = torch.where(others > 0, chosen, sequence(size, device))
@@ -106,7 +111,7 @@ class Neighbors:
             check_range("ids", ids, 0, total - 1, f"in [0, {total - 1}]")
         row_of = torch.full((total,), -1, device=device).scatter_(0, ids, rows)
         candidates = row_of[self.index[ids]]
-        score = torch.rand(candidates.shape, dtype=torch.float32, generator=generator, device=device)
+        score = rand(candidates.shape, generator, device)
         best, position = score.masked_fill_(candidates < 0, -1).max(1)
         return torch.where(best < 0, rows, candidates.gather(1, position.unsqueeze(1)).squeeze(1))
 

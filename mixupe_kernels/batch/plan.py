@@ -13,7 +13,8 @@ from ..conventions import constant, sequence
 from ..target import MixedTarget, one_hot
 from . import cutmix, sampling
 from . import pairing as pairings
-from .progress import Progress, Stream
+from .progress import Progress
+from .randomness import Source, Stream, rand
 from .schedule import LinearRamp
 
 if TYPE_CHECKING:
@@ -107,14 +108,14 @@ class CleanRows:
     def num_rows(self, batch: int) -> int:
         return batch if self.split or self.mixed or batch == 0 else batch + self.num_clean(batch)
 
-    def layout(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Layout:
+    def layout(self, batch: int, device: torch.device, source: Source) -> Layout:
         if self.mixed:
             return Layout(None, batch, batch)
         count = batch if self.fraction == 1 else self.num_clean(batch)
         if count == batch:
             twice = constant(("twice", batch, device), lambda: torch.arange(batch, device=device).repeat(2))
             return Layout(twice, batch, batch)
-        order = torch.randperm(batch, generator=generator, device=device)
+        order = pairings.random(batch, source, device)
         if self.split:
             return Layout(order, batch - count, count)
         rows = torch.arange(batch + count, device=device)
@@ -154,6 +155,7 @@ class Plan:
         self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
         self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
         self._check_combination()
+        self._ramped = isinstance(self.alpha, LinearRamp) or (clean is not None and clean.eta_ramp is not None)
         self.progress = Progress(1 if clean is None else clean.interval)
         self.set_epoch(0)
 
@@ -188,7 +190,11 @@ class Plan:
             return self.given_law
         if alpha == 0:  # no mixing, as in timm
             return sampling.Fixed(1.0)
-        return sampling.Dirichlet(alpha, self.num_samples) if self.num_samples > 2 else sampling.Beta(alpha, self.beta)
+        if self.num_samples > 2:
+            return sampling.Dirichlet(alpha, self.num_samples)
+        law = sampling.Beta(alpha, self.beta)
+        law.uniform &= not isinstance(self.alpha, LinearRamp)  # the same draws in all epochs, and the same graph
+        return law
 
     def set_epoch(self, epoch: float) -> None:
         """Say where training is, before an epoch's first batch or within it: a number >= 0, possibly fractional."""
@@ -196,6 +202,7 @@ class Plan:
         law = self._law(self.alpha(epoch) if isinstance(self.alpha, LinearRamp) else self.alpha)
         factor = 0.0 if self.clean is None else self.clean.eta_factor(epoch) * self.clean.interval
         self.law, self.reg_weight = law, factor * law.expected_a_lambda
+        self._reg_weight = torch.tensor(self.reg_weight, dtype=torch.float32, device="cpu")
         self.progress.epoch = epoch
         self._update_active()
 
@@ -222,50 +229,61 @@ class Plan:
 
     def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
         """λ, partners, rows and target of a batch with these labels; see :meth:`mixupe_kernels.Mixup.draw`."""
-        if not torch.compiler.is_compiling() and get_worker_info() is not None:
+        compiled = torch.compiler.is_compiling()
+        if not compiled and get_worker_info() is not None:
             self._follow_main_process()
         batch, device = labels.shape[0], labels.device
         if batch == 0 or not self.active:
             return plain_draw(labels)
-        if self.generator is not None and self.generator.device.type != device.type:
-            raise ValueError(f"generator must be on the device of labels, {device}, got {self.generator.device}")
+        source: Source = self.stream
+        if not compiled:
+            source = self.generator
+            if source is not None and source.device.type != device.type:
+                raise ValueError(f"generator must be on the device of labels, {device}, got {source.device}")
         if labels.dim() != 1 or self.cutmix is not None or self._by_class:
             self._check(labels, image_size)
         regularized = self.clean is not None and (self.clean.interval == 1 or self.progress.due())
         if self.num_samples > 2:
-            draw = self._draw_many(labels, ids, regularized)
+            draw = self._draw_many(labels, ids, source, regularized)
         else:
-            draw = self._draw_pairs(labels, ids, image_size, regularized)
+            draw = self._draw_pairs(labels, ids, image_size, source, regularized)
         self.progress.own.add_(1)
         self.progress.phase = self.progress.phase.next
         return draw
 
     def _draw_pairs(
-        self, labels: Tensor, ids: Tensor | None, image_size: tuple[int, int] | None, regularized: bool
+        self,
+        labels: Tensor,
+        ids: Tensor | None,
+        image_size: tuple[int, int] | None,
+        source: Source,
+        regularized: bool,
     ) -> Draw:
         batch, device = labels.shape[0], labels.device
         # λ of the labels and λ of the pixels differ with CutMix only.
         size = (batch,) if self.per_sample else ()
-        lam = self.law.sample(size, self.generator, device)
+        lam = self.law.sample(size, source, device)
         if self._own_law:
             lam = sampling.check("lam_distribution.sample(size, generator, device)", lam, size).to(
                 device, torch.float32
             )
         if self.prob < 1:
-            lam = self._leave_some(lam, one(device))
+            lam = self._leave_some(lam, one(device), source)
         pixel_lam = lam
         box = None
         if self.cutmix is not None:
-            lam, pixel_lam, box = self._draw_box(lam, image_size)
+            lam, pixel_lam, box = self._draw_box(lam, image_size, source)
         maps = labels.dim() > 1 and not labels.is_floating_point()
         if maps:  # a label map is cut as its image is, so its λ is that of the pixels outside
             lam = pixel_lam
         rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
         if regularized:
-            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
+            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, source), self.reg_weight
+            if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
+                reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         partner = None
         if self._pair is not pairings.flip:
-            partner = self._pair(batch, self.generator, device, labels, ids)
+            partner = self._pair(batch, source, device, labels, ids)
         if self._own_pairing:
             pairings.check(partner, batch, device)
         if rows is None:
@@ -304,39 +322,43 @@ class Plan:
                 f"size with cutmix_alpha, got int64 of {shape}"
             )
 
-    def _leave_some(self, lam: Tensor, own: Tensor) -> Tensor:
+    def _leave_some(self, lam: Tensor, own: Tensor, source: Source) -> Tensor:
         """λ or weights, and those of the own sample alone, ``own``, with probability 1 - ``prob``."""
         size = lam.shape[: lam.dim() - own.dim()]
-        chosen = torch.rand(size, dtype=torch.float32, device=lam.device, generator=self.generator) < self.prob
+        chosen = rand(size, source, lam.device) < self.prob
         return torch.where(chosen.reshape(size + (1,) * own.dim()), lam, own)
 
-    def _draw_box(self, lam: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw_box(
+        self, lam: Tensor, image_size: tuple[int, int] | None, source: Source
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
-        device, generator = lam.device, self.generator
-        uniform = torch.rand(2, dtype=torch.float32, device=device, generator=generator)
+        device = lam.device
+        uniform = rand((2,), source, device)
         cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
-        box, box_lam = cutmix.draw_box(self.cutmix.sample((), generator, device), *image_size, generator)
+        box, box_lam = cutmix.draw_box(self.cutmix.sample((), source, device), *image_size, source)
         box_lam = torch.where(used, box_lam, one(device))
         return torch.where(cut, box_lam, lam), torch.where(cut, one(device), lam), box * (cut & used)
 
-    def _draw_many(self, labels: Tensor, ids: Tensor | None, regularized: bool) -> Draw:
+    def _draw_many(self, labels: Tensor, ids: Tensor | None, source: Source, regularized: bool) -> Draw:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
         soft = one_hot(labels, self.num_classes)
         own = (sequence(terms, device) == 0).to(torch.float32)
         weights = own
         if isinstance(self.law, sampling.Dirichlet):  # else alpha is 0
-            weights = self.law.sample((batch,) if self.per_sample else (), self.generator, device)
+            weights = self.law.sample((batch,) if self.per_sample else (), source, device)
         if self.prob < 1:
-            weights = self._leave_some(weights, own)
+            weights = self._leave_some(weights, own, source)
         weights = weights.expand(batch, terms)
-        others = [self._pair(batch, self.generator, device, labels, ids) for _ in range(terms - 1)]
+        others = [self._pair(batch, source, device, labels, ids) for _ in range(terms - 1)]
         if self._own_pairing:
             others = [pairings.check(partner, batch, device) for partner in others]
         index = torch.stack([sequence(batch, device), *others], 1)
         rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
         if regularized:
-            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, self.generator), self.reg_weight
+            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, source), self.reg_weight
+            if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
+                reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         if rows is not None:
             mixed, clean = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import WeakValueDictionary
-
 import torch
 from torch.utils.data import get_worker_info
 
@@ -39,7 +37,7 @@ class Progress:
     The copy reads epoch and ``enabled`` from the shared memory, and is the only one to write its worker's count.
 
     Attributes:
-        own: 0-d, batches drawn in this process. Whoever draws one adds 1, and goes to the next ``phase``.
+        own: (1,) float64, batches drawn in this process. Whoever draws one adds 1, and goes to the next ``phase``.
         phase: where in a round of ``interval`` batches the main process is.
     """
 
@@ -47,7 +45,7 @@ class Progress:
         self.interval = interval
         self._numbers = torch.zeros(_STEPS + 1 + MAX_WORKERS, dtype=torch.float64, device="cpu")
         self._numbers[_ENABLED] = 1
-        self.own = self._numbers[_STEPS]
+        self.own = self._numbers[_STEPS : _STEPS + 1]
         self._worker: int | None = None
         self._workers = 1
         self.phase = _ring(interval, 0)
@@ -59,14 +57,14 @@ class Progress:
                 self._numbers.share_memory_()
             except RuntimeError:  # no shared memory on this machine: a data loader's workers cannot send batches either
                 return
-            self.own = self._numbers[_STEPS]
+            self.own = self._numbers[_STEPS : _STEPS + 1]
 
     def __getstate__(self) -> dict:
         return {"interval": self.interval, "numbers": self._numbers}
 
     def __setstate__(self, state: dict) -> None:
         self.interval, self._numbers = state["interval"], state["numbers"]
-        self.own, self._worker, self._workers = self._numbers[_STEPS], None, 1
+        self.own, self._worker, self._workers = self._numbers[_STEPS : _STEPS + 1], None, 1
         self._share()
         self.phase = _ring(self.interval, self.steps)
 
@@ -125,48 +123,11 @@ class Progress:
             ValueError: if the data loader has more workers than there are counts for.
         """
         info = get_worker_info()
+        if info is None:
+            return
         if info.id >= MAX_WORKERS:
             raise ValueError(
                 f"num_workers must be at most {MAX_WORKERS} with a mixer in a worker, got {info.num_workers}"
             )
         self._worker, self._workers = info.id, info.num_workers
-        self.own = self._numbers[_STEPS + 1 + info.id]
-
-
-class Stream:
-    """A caller's generator, which several mixers may share: one of these for each generator, whoever asks.
-
-    It pickles by value, which torch.Generator does not do on its way to a spawned process.
-    """
-
-    def __init__(self, generator: torch.Generator):
-        self.generator = generator
-        self.in_worker = False
-
-    @staticmethod
-    def of(generator: torch.Generator) -> Stream:
-        stream = _streams.get(id(generator))
-        if stream is None:
-            stream = _streams[id(generator)] = Stream(generator)
-        return stream
-
-    def enter_worker(self) -> None:
-        """Go on as a stream of the data loader's worker that this process is, whose seed differs from epoch to epoch.
-
-        The new seed is made of both, since torch's default generator has the worker's own.
-        """
-        if not self.in_worker:
-            self.generator.manual_seed(hash((self.generator.initial_seed(), get_worker_info().seed)) % 2**63)
-            self.in_worker = True
-
-    def __reduce__(self) -> tuple:
-        return _restored, (str(self.generator.device), bytes(self.generator.get_state().tolist()))
-
-
-def _restored(device: str, state: bytes) -> Stream:
-    generator = torch.Generator(device)
-    generator.set_state(torch.tensor(list(state), dtype=torch.uint8, device="cpu"))
-    return Stream.of(generator)
-
-
-_streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+        self.own = self._numbers[_STEPS + 1 + info.id :][:1]

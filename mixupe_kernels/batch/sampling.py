@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range, constant
+from .randomness import rand, standard_gamma
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
 # ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
@@ -47,8 +48,8 @@ def expected_a_lambda(alpha: float, beta: float | None = None) -> float:
 
 def _log_gamma_variates(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
     """log G, G ~ Gamma(a, 1): log of Gamma(a + 1) plus log(U)/a (Marsaglia and Tsang, 2000, §6)."""
-    boosted = torch._standard_gamma(concentration + 1, generator=generator)
-    uniform = torch.rand(concentration.shape, dtype=torch.float64, device=concentration.device, generator=generator)
+    boosted = standard_gamma(concentration + 1, generator)
+    uniform = rand(concentration.shape, generator, concentration.device, torch.float64)
     return boosted.log() + torch.log1p(-uniform) / concentration
 
 
@@ -59,18 +60,23 @@ class _Gammas:
         self.concentration = concentration
         self.logarithms = min(concentration) < _SMALLEST_DIRECT
         self._on_cpu = torch.tensor(concentration, dtype=torch.float64, device="cpu")
+        self._scalars = [torch.tensor(value, dtype=torch.float32, device="cpu") for value in concentration]
 
     def draw(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
         parameters = self._on_cpu
-        if device.type != "cpu":
+        if device.type != "cpu" and torch.compiler.is_compiling():
+            # A number would be a constant of the graph, which a ramp of alpha would have to make again in every epoch; a
+            # scalar on the CPU is an argument, and goes to the device without a synchronisation.
+            ones = [torch.ones((), dtype=torch.float64, device=device) for _ in self._scalars]
+            parameters = torch.stack([one * scalar for one, scalar in zip(ones, self._scalars, strict=True)])
+        elif device.type != "cpu":
             parameters = constant(("concentration", self.concentration, device), lambda: parameters.to(device))
         if size:
             parameters = parameters.expand(*size, len(self.concentration))
         if self.logarithms:
             return _log_gamma_variates(parameters, generator).softmax(-1)
-        # Private, since torch.distributions takes no generator. torch._sample_dirichlet draws the same and cannot be traced.
-        gammas = torch._standard_gamma(parameters, generator=generator)
+        gammas = standard_gamma(parameters, generator)
         return gammas / gammas.sum(-1, keepdim=True)
 
 
@@ -101,7 +107,7 @@ class Distribution:
         shown = ", ".join(
             f"{name}={value!r}"
             for name, value in vars(self).items()
-            if not name.startswith(("expected", "_")) and not (name == "fold" and value == "none")
+            if not name.startswith(("expected", "_", "uniform")) and not (name == "fold" and value == "none")
         )
         return f"{type(self).__name__}({shown})"
 
@@ -114,12 +120,12 @@ class Beta(Distribution):
         self.alpha = checks.positive("alpha", alpha)
         self.beta = self.alpha if beta is None else checks.positive("beta", beta)
         self.expected_a_lambda = expected_a_lambda(self.alpha, self.beta)
-        self._uniform = self.alpha == self.beta == 1
+        self.uniform = self.alpha == self.beta == 1  # and drawn as such
         self._gammas = _Gammas((self.alpha, self.beta))
 
     def draw(self, size, generator, device):
-        if self._uniform:
-            return torch.rand(size, dtype=torch.float32, device=device, generator=generator)
+        if self.uniform:
+            return rand(size, generator, device)
         return self._gammas.draw(size, generator, device).select(-1, 0).float()
 
 
@@ -142,7 +148,7 @@ class DLambda(Beta):
 
     def draw(self, size, generator, device):
         lam = super().draw(size, generator, device)
-        keep = torch.rand(size, dtype=torch.float32, device=device, generator=generator) < lam
+        keep = rand(size, generator, device) < lam
         return torch.where(keep, lam, 1 - lam)
 
 
@@ -161,7 +167,7 @@ class WShaped(Distribution):
 
     def draw(self, size, generator, device):
         x = self._gammas.draw(size, generator, device).select(-1, 0).float()
-        upper = torch.rand(size, dtype=torch.float32, device=device, generator=generator) < 0.5
+        upper = rand(size, generator, device) < 0.5
         return (x + upper) / 2
 
 
@@ -178,7 +184,7 @@ class Uniform(Distribution):
 
     def draw(self, size, generator, device):
         # lerp's result may round beyond its end points; [0, 1] itself needs no clamp.
-        uniform = torch.rand(size, dtype=torch.float32, device=device, generator=generator)
+        uniform = rand(size, generator, device)
         return (self.low + (self.high - self.low) * uniform).clamp_(self.low, self.high)
 
 

@@ -201,7 +201,7 @@ class LossBackwardOptions(NamedTuple):
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    int: "int",
+    int: "SymInt",  # counts of rows are symbols where a graph serves changing batch sizes
     float: "float",
     bool: "bool",
     torch.dtype | None: "ScalarType?",

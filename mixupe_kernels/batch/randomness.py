@@ -1,0 +1,104 @@
+"""Random numbers from a caller's generator, or from torch's default for the device, in eager code and in compiled graphs.
+
+A graph takes no generator: torch's functions lose the symbolic size where one is named, even None, and torch.compile refuses
+an object. There a :class:`Stream` stands for the generator, and an operator that knows it by number draws from it.
+"""
+
+import itertools
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+
+class Stream:
+    """A caller's generator, which several mixers may share: one of these for each generator, whoever asks.
+
+    It pickles by value, which torch.Generator does not do on its way to a spawned process.
+
+    Attributes:
+        key: the number that graphs know it by.
+        ticket: (1,) int64, which each draw of a graph advances, so that the compiler neither merges nor reorders draws.
+    """
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.in_worker = False
+        self.key = next(_keys)
+        self.ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
+        _by_key[self.key] = self
+
+    @staticmethod
+    def of(generator: torch.Generator) -> "Stream":
+        stream = _by_generator.get(id(generator))
+        if stream is None:
+            stream = _by_generator[id(generator)] = Stream(generator)
+        return stream
+
+    def enter_worker(self) -> None:
+        """Go on as a stream of the data loader's worker that this process is, whose seed differs from epoch to epoch.
+
+        The new seed is made of both, since torch's default generator has the worker's own.
+        """
+        worker = get_worker_info()
+        if worker is not None and not self.in_worker:
+            self.generator.manual_seed(hash((self.generator.initial_seed(), worker.seed)) % 2**63)
+            self.in_worker = True
+
+    def __reduce__(self) -> tuple:
+        return _restored, (str(self.generator.device), bytes(self.generator.get_state().tolist()))
+
+
+def _restored(device: str, state: bytes) -> Stream:
+    generator = torch.Generator(device)
+    generator.set_state(torch.tensor(list(state), dtype=torch.uint8, device="cpu"))
+    return Stream.of(generator)
+
+
+_keys = itertools.count()
+_by_generator: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+_by_key: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+Source = torch.Generator | Stream | None
+
+
+def rand(size: Sequence[int], source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform in [0, 1). For a permutation, see :func:`mixupe_kernels.pairing.random`."""
+    if source is None:
+        return torch.rand(size, dtype=dtype, device=device)
+    if isinstance(source, Stream):
+        return from_stream(source.ticket, source.key, "rand", size, dtype, device)
+    return torch.rand(size, dtype=dtype, device=device, generator=source)
+
+
+def standard_gamma(concentration: Tensor, source: Source) -> Tensor:
+    """Gamma(a, 1) for each a. By a private function of torch, since torch.distributions takes no generator."""
+    if isinstance(source, Stream):
+        size, dtype, device = concentration.shape, concentration.dtype, concentration.device
+        return from_stream(source.ticket, source.key, "standard_gamma", size, dtype, device, concentration)
+    return torch._standard_gamma(concentration, generator=source)
+
+
+@torch.library.custom_op("mixupe::from_stream", mutates_args=("ticket",))
+def from_stream(
+    ticket: Tensor,
+    key: int,
+    law: str,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    concentration: Tensor | None = None,
+) -> Tensor:
+    ticket += 1
+    generator = _by_key[key].generator
+    if law == "standard_gamma":
+        return standard_gamma(concentration, generator)
+    if law == "randperm":
+        return torch.randperm(size[0], device=device, generator=generator)
+    return rand(size, generator, device, dtype)
+
+
+@from_stream.register_fake
+def _(ticket, key, law, size, dtype, device, concentration=None):
+    return torch.empty(size, dtype=dtype, device=device)
