@@ -54,10 +54,10 @@ class MixedTarget(NamedTuple):
         total = self.num_rows
         start, stop, _ = slice(start, stop).indices(total)
         stop = max(start, stop)
-        parts = (value[start:stop] for value in self[:3])
+        labels, partner_labels, lam = (value[start:stop] for value in self[:3])
         num_mixed = max(0, min(stop, self.num_mixed) - start)
         num_reg = max(0, stop - max(start, total - self.num_reg))
-        return MixedTarget(*parts, num_mixed, num_reg, self.reg_weight)
+        return MixedTarget(labels, partner_labels, lam, num_mixed, num_reg, self.reg_weight)
 
     @classmethod
     def cat(cls, targets: Iterable["MixedTarget"]) -> "MixedTarget":
@@ -77,8 +77,13 @@ class MixedTarget(NamedTuple):
         if not targets:
             raise ValueError("targets must hold at least one MixedTarget, got none")
         first, total = targets[0], sum(target.num_rows for target in targets)
+        labels, partner_labels, lam = (
+            torch.cat(parts) for parts in zip(*(target[:3] for target in targets), strict=True)
+        )
         joined = cls(
-            *(torch.cat(parts) for parts in zip(*(target[:3] for target in targets), strict=True)),
+            labels,
+            partner_labels,
+            lam,
             sum(target.num_mixed for target in targets),
             sum(target.num_reg for target in targets),
             first.reg_weight,
@@ -111,11 +116,11 @@ class MixedTarget(NamedTuple):
                 return value.to(*args, **kwargs)
             return value.to(device, **named)
 
-        return MixedTarget(*map(move, self))
+        return MixedTarget._make(map(move, self))
 
     def pin_memory(self) -> "MixedTarget":
         """Every tensor in pinned memory, as by :meth:`torch.Tensor.pin_memory`."""
-        return MixedTarget(*(value.pin_memory() if isinstance(value, Tensor) else value for value in self))
+        return MixedTarget._make(value.pin_memory() if isinstance(value, Tensor) else value for value in self)
 
     def dense(self, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
         """The targets λ·y + (1 - λ)·y_partner as (N, num_classes) float32 (mixup, eq. 1), labels smoothed before.
@@ -136,7 +141,7 @@ def _from_fields_or_iterable(cls, *args, **kwargs) -> MixedTarget:
     return _from_fields(cls, *args, **kwargs)
 
 
-MixedTarget.__new__ = _from_fields_or_iterable  # type: ignore[method-assign]  # NamedTuple lets no body define it
+MixedTarget.__new__ = _from_fields_or_iterable  # type: ignore[method-assign, assignment]  # NamedTuple lets no body define it
 torch.serialization.add_safe_globals([MixedTarget])
 
 

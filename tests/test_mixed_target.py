@@ -146,7 +146,7 @@ def test_compiled_once_for_all_batch_sizes():
     @torch.compile(backend=backend, fullgraph=True)
     def rows(target):
         labels, partner_labels, lam, *_, reg_weight = target._replace(reg_weight=target.reg_weight * 2)
-        return mk.MixedTarget(labels, partner_labels, lam * target.num_rows, 8, 4, reg_weight)
+        return mk.MixedTarget(labels, partner_labels, lam * labels.shape[0], 8, 4, reg_weight)
 
     for size in (12, 13, 14, 15, 16):
         target = target_of(size, reg_weight=torch.tensor(0.25))

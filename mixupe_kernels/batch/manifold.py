@@ -160,6 +160,8 @@ class ManifoldMixup:
         check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             check_ids(ids, labels)
+        if isinstance(x, Tensor) and x.shape[:1] != labels.shape[:1]:
+            raise ValueError(f"x must have {labels.shape[0]} rows, as labels have, got {tuple(x.shape)}")
         self.layer = self.layers[int(torch.randint(len(self.layers), (), generator=self.generator))]
         if self.layer == INPUT:
             x, target = self.mixup_fn(x, labels, ids=ids)

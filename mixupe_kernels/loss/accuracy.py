@@ -80,8 +80,7 @@ def _classes(name: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _check_topk(topk: int | Sequence[int], classes: int) -> Sequence[int]:
-    several = isinstance(topk, (tuple, list))
-    ks = topk if several else (topk,)
+    ks: Sequence[int] = topk if isinstance(topk, tuple | list) else (topk,)
     if not ks:
         raise ValueError("topk must have at least one k, got none")
     for k in ks:

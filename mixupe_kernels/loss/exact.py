@@ -152,7 +152,8 @@ def _check_labels(labels: Tensor, x: Tensor) -> None:
     checks.tensor("labels", labels)
     checks.same_device("labels", labels, "x", x)
     if labels.is_floating_point():
-        checks.shape("labels", labels, (x.shape[0], *labels.shape[1:2]) if labels.dim() == 2 else (x.shape[0], "C"))
+        if labels.dim() != 2 or labels.shape[0] != x.shape[0]:
+            raise ValueError(f"labels must have shape ({x.shape[0]}, C), got {tuple(labels.shape)}")
     else:
         checks.dtype("labels", labels, (torch.int64,))
         checks.shape("labels", labels, x.shape[:1])
@@ -264,7 +265,8 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
             pass
         else:
             batches = track(loader, description="mean of the inputs", transient=True)
-    total, count = None, 0
+    total: Tensor | None = None
+    count = 0
     for batch in batches:
         x = batch[0] if isinstance(batch, tuple | list) and batch else batch
         checks.tensor("each batch of loader", x)
@@ -276,6 +278,6 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
         part = x.sum(0, dtype=torch.float64)
         total = part if total is None else total + part
         count += x.shape[0]
-    if not count:
+    if total is None or not count:
         raise ValueError("loader must yield at least one sample, got none")
     return (total / count).float()
