@@ -1,0 +1,591 @@
+"""Bad calls of every public name, as a table: each is a TypeError or a ValueError that names the argument, and changes nothing.
+
+A row of the table is a call that works, and the kind of each of its arguments; a kind has the values that must be refused.
+"""
+
+import copy
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mixupe_kernels as mk
+
+N, C = 4, 3
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+# Kinds of arguments. Each value is made of the good one.
+
+
+def changed(index, number):
+    def change(value):
+        value = value.clone()
+        value.view(-1)[index] = number
+        return value
+
+    return change
+
+
+NO_TENSOR = {
+    "None": lambda v: None,
+    "str": lambda v: "x",
+    "list": lambda v: v.tolist(),
+    "numpy": lambda v: v.detach().numpy(),
+    "number": lambda v: 1.5,
+}
+LAYOUTS = {
+    "complex": lambda v: v.to(torch.complex64),
+    "bool": lambda v: v.bool(),
+    "sparse": lambda v: v.to_sparse(),
+    "nested": lambda v: torch.nested.nested_tensor(list(v)),
+    "meta": lambda v: v.to("meta"),
+}
+FLOATS = {**NO_TENSOR, **LAYOUTS, "int": lambda v: v.long(), "0-d": lambda v: v.new_zeros(())}
+INTEGERS = {
+    **NO_TENSOR,
+    **LAYOUTS,
+    "int32": lambda v: v.int(),
+    "one more": lambda v: torch.cat([v, v[:1]]),
+    "one less": lambda v: v[:-1],
+    "0-d": lambda v: v[0],
+    "negative": changed(1, -1),
+    "too large": changed(1, 1000),
+}
+SOFT = {
+    **NO_TENSOR,
+    **LAYOUTS,
+    "one more": lambda v: torch.cat([v, v[:1]]),
+    "another C": lambda v: v[:, 1:],
+    "3-d": lambda v: v.unsqueeze(1),
+}
+LAMBDA_VALUES = {"below 0": changed(1, -0.1), "above 1": changed(1, 1.1), "NaN": changed(1, float("nan"))}
+LAMBDA = {
+    **NO_TENSOR,
+    **LAYOUTS,
+    "one more": lambda v: torch.cat([v, v[:1]]),
+    "2-d": lambda v: v.unsqueeze(0),
+    "int": lambda v: v.long(),
+    **LAMBDA_VALUES,
+}
+NUMBER = {
+    "None": lambda v: None,
+    "str": lambda v: "1",
+    "bool": lambda v: True,
+    "list": lambda v: [v],
+    "complex": lambda v: 1j,
+    "NaN": lambda v: float("nan"),
+}
+NON_NEGATIVE = {**NUMBER, "negative": lambda v: -0.1, "infinite": lambda v: float("inf")}
+POSITIVE = {**NON_NEGATIVE, "zero": lambda v: 0.0}
+FRACTION = {**NUMBER, "negative": lambda v: -0.1, "above 1": lambda v: 1.1}
+COUNT = {**NUMBER, "zero": lambda v: 0, "negative": lambda v: -1, "fraction": lambda v: 1.5}
+FLAG = {"None": lambda v: None, "str": lambda v: "no", "int": lambda v: 1, "tensor": lambda v: torch.tensor(True)}
+CHOICE = {"None": lambda v: None, "str": lambda v: "another", "int": lambda v: 1, "list": lambda v: [v]}
+CALLABLE = {"None": lambda v: None, "str": lambda v: "x", "int": lambda v: 1}
+GENERATOR = {"str": lambda v: "x", "int": lambda v: 0}
+
+
+def without(kind, *names):
+    return {name: make for name, make in kind.items() if name not in names}
+
+
+def optional(kind):
+    return without(kind, "None")
+
+
+ETA = {  # a number >= 0, or a 0-d tensor
+    **without(NON_NEGATIVE),
+    "vector": lambda v: torch.ones(2),
+    "complex tensor": lambda v: torch.tensor(1j),
+    "meta": lambda v: torch.tensor(0.1, device="meta"),
+}
+TARGET = {  # a MixedTarget, classes (N,), soft labels (N, C)
+    **without(INTEGERS, "list", "numpy", "number"),
+    "list": lambda v: v.tolist(),
+    "numpy": lambda v: v.numpy(),
+    "number": lambda v: 1,
+    "empty tuple": lambda v: (),
+    "short tuple": lambda v: (v, v),
+    "long tuple": lambda v: (v, v, torch.ones(N), N, 0, 0.0, 1),
+    "tuple of None": lambda v: (None, v, torch.ones(N)),
+    "soft of another C": lambda v: rand(N, C + 1),
+    "soft complex": lambda v: rand(N, C).to(torch.complex64),
+}
+MIXED_TARGET = {
+    "None": lambda v: None,
+    "tensor": lambda v: v.labels,
+    "tuple": tuple,
+    "short tuple": lambda v: (v.labels, v.partner_labels, v.lam),
+}
+
+
+class Call(NamedTuple):
+    """A call that works, and what must be refused for each argument."""
+
+    name: str
+    function: Callable[..., Any]
+    good: Callable[[], dict[str, Any]]
+    kinds: dict[str, dict[str, Callable[[Any], Any]]]
+    says: dict[str, str] = {}  # what a message may call the argument instead, as a pattern
+    owner: Callable[[], Any] | None = None  # makes what the call is a method of; ``function`` takes it first
+
+    def start(self) -> tuple[Callable[..., Any], Any]:
+        if self.owner is None:
+            return self.function, None
+        owner = self.owner()
+        return functools.partial(self.function, owner), owner
+
+
+def rand(*size):
+    return torch.linspace(0.1, 0.9, max(1, torch.Size(size).numel())).view(size)
+
+
+def logits():
+    return rand(N, C)
+
+
+def labels():
+    return torch.tensor([0, 2, 1, 2])
+
+
+def lam():
+    return torch.tensor([0.25, 0.5, 0.75, 1.0])
+
+
+def soft():
+    return rand(N, C)
+
+
+def mixed_target(**changes):
+    return mk.MixedTarget(labels(), labels().flip(0), lam(), N, N, 0.25)._replace(**changes)
+
+
+def images():
+    return rand(N, 3, 4, 4)
+
+
+def linear_arguments():
+    return {"hidden": rand(N, 5), "weight": rand(C, 5), "target": labels(), "bias": rand(C), "chunk_rows": 2}
+
+
+def model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(5, C))
+
+
+LOSS_OPTIONS = {
+    "eta": ETA,
+    "penalty": CHOICE,
+    "rescale": FLAG,
+    "threshold": NUMBER,
+    "label_smoothing": FRACTION,
+    "activation": CHOICE,
+}
+
+
+def loss_options():
+    return {
+        "eta": 0.1,
+        "penalty": "abs",
+        "rescale": True,
+        "threshold": 1.0,
+        "label_smoothing": 0.0,
+        "activation": "softmax",
+    }
+
+
+MIXER = {
+    "alpha": without(NON_NEGATIVE, "infinite"),
+    "beta": optional(POSITIVE),
+    "per_sample": FLAG,
+    "pairing": CHOICE,
+    "prob": FRACTION,
+    "lam_distribution": {"str": lambda v: "x", "number": lambda v: 0.5},
+    "num_samples": {**COUNT, "one": lambda v: 1},
+    "num_classes": optional(COUNT),
+    "cutmix_alpha": optional(POSITIVE),
+    "switch_prob": FRACTION,
+    "mean": {"number": lambda v: 0.5, "str": lambda v: "0.5", "alone": lambda v: (0.5, 0.5), "empty": lambda v: ()},
+    "std": {"alone": lambda v: (0.5, 0.5)},
+    "dtype": {"str": lambda v: "float32", "int": lambda v: torch.int64, "complex": lambda v: torch.complex64},
+    "memory_format": {"str": lambda v: "channels_last", "preserve": lambda v: torch.preserve_format},
+    "inplace": FLAG,
+    "keys": {"str": lambda v: "image", "number": lambda v: 1},
+    "follow": {"str": lambda v: "ids", "number": lambda v: 1},
+    "warmup_epochs": NON_NEGATIVE,
+    "off_epoch": optional(NON_NEGATIVE),
+    "generator": GENERATOR,
+}
+MIXER_DEFAULTS = {
+    "alpha": 1.0,
+    "beta": None,
+    "per_sample": False,
+    "pairing": "random",
+    "prob": 1.0,
+    "lam_distribution": None,
+    "num_samples": 2,
+    "num_classes": None,
+    "cutmix_alpha": None,
+    "switch_prob": 0.5,
+    "mean": None,
+    "std": None,
+    "dtype": None,
+    "memory_format": None,
+    "inplace": False,
+    "keys": None,
+    "follow": None,
+    "warmup_epochs": 0,
+    "off_epoch": None,
+    "generator": None,
+}
+MIXER_SAYS = {"beta": "beta", "num_samples": "num_samples|num_classes"}
+BATCH = {
+    "x": {
+        **without(FLOATS, "list", "int"),
+        "list of numbers": lambda v: [1.0, 2.0],
+        "one less": lambda v: v[1:],
+        "empty dict": lambda v: {},
+    },
+    "labels": {
+        **without(INTEGERS, "negative", "too large"),
+        "soft complex": lambda v: rand(N, C).to(torch.complex64),
+        "soft 3-d": lambda v: rand(N, C, 2),
+    },
+    "ids": {**optional(INTEGERS)},
+    "out": {
+        **optional(FLOATS),
+        "too short": lambda v: v[:-1],
+        "another shape": lambda v: v[..., 1:],
+        "requires grad": lambda v: v.clone().requires_grad_(),
+        "too many dimensions": lambda v: v.unsqueeze(0),
+    },
+}
+
+
+def run(owner, **arguments):
+    return owner(**arguments)
+
+
+def mixers():
+    for name, make in (
+        ("Mixup", lambda: mk.Mixup(generator=seeded())),
+        ("MixupE", lambda: mk.MixupE(generator=seeded(), clean_fraction=1 / 2)),
+        ("MixupE interval", lambda: mk.MixupE(generator=seeded(), interval=2)),
+        ("CutMix", lambda: mk.Mixup(generator=seeded(), cutmix_alpha=1.0)),
+        ("same_class", lambda: mk.Mixup(generator=seeded(), pairing="same_class")),
+    ):
+        rows = make().num_rows(N)
+        good = functools.partial(dict, x=images(), labels=labels(), ids=torch.arange(N), out=rand(rows, 3, 4, 4))
+        # ids say nothing to these pairings but are checked all the same.
+        kinds = {**BATCH, "ids": without(BATCH["ids"], "negative", "too large")}
+        yield Call(f"{name}()", run, good, kinds, {"x": "x|labels"}, make)
+
+
+def nonsense(result):
+    return lambda *args, **kwargs: result
+
+
+def custom_pairings():
+    for name, result in {
+        "None": None,
+        "number": 1,
+        "list": [0, 1, 2, 3],
+        "float": torch.zeros(N),
+        "int32": torch.zeros(N, dtype=torch.int32),
+        "bool": torch.zeros(N, dtype=torch.bool),
+        "too long": torch.zeros(N + 1, dtype=torch.int64),
+        "2-d": torch.zeros(N, 1, dtype=torch.int64),
+        "negative": torch.full((N,), -1),
+        "too large": torch.full((N,), N),
+        "meta": torch.zeros(N, dtype=torch.int64, device="meta"),
+    }.items():
+        yield (
+            f"pairing returns {name}",
+            "pairing|partner",
+            lambda result=result: mk.Mixup(pairing=nonsense(result))(images(), labels()),
+        )
+
+
+def custom_laws():
+    for name, result in {
+        "None": None,
+        "number": 0.5,
+        "int": torch.ones(N, dtype=torch.int64),
+        "complex": torch.ones(N, dtype=torch.complex64),
+        "too long": torch.full((N + 1,), 0.5),
+        "below 0": torch.full((N,), -0.5),
+        "above 1": torch.full((N,), 1.5),
+        "NaN": torch.full((N,), float("nan")),
+        "meta": torch.ones(N, device="meta"),
+    }.items():
+        law = mk.sampling.Custom(nonsense(result), expected_a_lambda=0.3)
+        yield (
+            f"law returns {name}",
+            "lam|function|distribution",
+            lambda law=law: mk.Mixup(lam_distribution=law, per_sample=True)(images(), labels()),
+        )
+
+
+def custom_parts():
+    yield from custom_pairings()
+    yield from custom_laws()
+    for name, result in {"None": None, "number": 1.0, "str": "x", "too long": torch.ones(N + 1), "2-d": torch.ones(N, 1),
+                         "int": torch.ones(N, dtype=torch.int64), "complex": torch.ones(N, dtype=torch.complex64),
+                         "meta": torch.ones(N, device="meta")}.items():  # fmt: skip
+        yield (
+            f"penalty returns {name}",
+            "penalty",
+            lambda result=result: mk.mixupe_loss(logits(), mixed_target(), eta=0.1, penalty=nonsense(result)),
+        )
+    for name, result in {"None": None, "str": "x", "negative": -1.0, "NaN": float("nan")}.items():
+        yield f"eta_ramp returns {name}", "eta_ramp", lambda result=result: mk.MixupE(eta_ramp=nonsense(result))
+    for name, result in {"None": None, "list": [1], "3-d": rand(N, C, 1), "fewer rows": rand(1, C)}.items():
+        yield (
+            f"model of exact_q returns {name}",
+            "model",
+            lambda result=result: mk.exact_q(nonsense(result), rand(N, 5), labels(), torch.zeros(5)),
+        )
+    for name, q in {"None": "q", "list": [0.0] * N, "too long": torch.ones(N + 1), "2-d": torch.ones(N, 1),
+                    "int": torch.ones(N, dtype=torch.int64), "complex": torch.ones(N, dtype=torch.complex64),
+                    "meta": torch.ones(N, device="meta"), "bool": torch.ones(N, dtype=torch.bool)}.items():  # fmt: skip
+        yield f"q is {name}", r"\bq\b", lambda q=q: mk.MixupELoss(eta=0.1)(logits(), mixed_target(), q=q)
+
+
+def tables_of_targets(name, function, good):
+    """A loss's target as a MixedTarget with one field wrong."""
+    counts = {**without(NUMBER, "NaN"), "negative": lambda v: -1, "too large": lambda v: N + 1, "float": lambda v: 2.0,
+              "tensor": lambda v: torch.tensor(2)}  # fmt: skip
+    fields = {
+        "labels": INTEGERS,
+        "partner_labels": INTEGERS,
+        "lam": LAMBDA,
+        "num_mixed": counts,
+        "num_reg": counts,
+        "reg_weight": {**without(ETA, "infinite"), "sparse": lambda v: torch.ones(1).to_sparse()},
+    }
+    if name in ("ce_entropy", "q_hat"):  # no more than labels and λ
+        fields = {field: fields[field] for field in ("labels", "partner_labels", "lam")}
+    if name == "mixed_accuracy":  # looks labels up in the best classes, and weighs with λ as it is
+        fields = {field: kind for field, kind in fields.items() if field not in ("num_reg", "reg_weight")}
+        fields["labels"] = fields["partner_labels"] = without(INTEGERS, "negative", "too large")
+
+    for field, kind in fields.items():
+
+        def call(field=field, **arguments):
+            return function(**{**good(), "target": mixed_target(**arguments)})
+
+        def value(field=field):
+            return {field: getattr(mixed_target(), field)}
+
+        yield Call(f"{name} target", call, value, {field: kind}, {field: rf"target|{field}"})
+
+
+def table():
+    yield Call("mix", mk.mix, lambda: {"x": rand(N, 5), "partner": torch.arange(N).flip(0), "lam": lam()},
+               {"x": FLOATS, "partner": INTEGERS, "lam": without(LAMBDA, "number")})  # fmt: skip
+    yield Call("mix out", mk.mix, lambda: {"x": rand(N, 5), "partner": "flip", "lam": 0.5, "out": rand(N, 5)},
+               {"out": {**optional(FLOATS), "shape": lambda v: v[1:], "requires grad": lambda v: v.clone().requires_grad_(),
+                        "expanded": lambda v: v[:1].expand(N, 5)},
+                "partner": CHOICE, "lam": FRACTION})  # fmt: skip
+    yield Call("mix_labels", mk.mix_labels,
+               lambda: {"labels": labels(), "partner": torch.arange(N).flip(0), "lam": lam(), "num_classes": C,
+                        "label_smoothing": 0.1},
+               {"labels": INTEGERS, "partner": INTEGERS, "lam": without(LAMBDA, "number"),
+                "num_classes": {**COUNT, "another": lambda v: C - 1}, "label_smoothing": FRACTION},
+               {"num_classes": "num_classes|labels", "labels": "labels|partner", "partner": "labels|partner"})  # fmt: skip
+    for name in ("ce_entropy", "q_hat", "mixupe_loss"):
+        function = getattr(mk, name)
+        rest = loss_options() if name == "mixupe_loss" else {}
+        good = functools.partial(lambda rest: {"logits": logits(), "target": labels(), **rest}, rest)
+        kinds = {"logits": {**FLOATS, "no classes": lambda v: v[:, :0]}, "target": TARGET}
+        yield Call(name, function, good, {**kinds, **{key: LOSS_OPTIONS[key] for key in rest}})
+        yield from tables_of_targets(name, function, good)
+    yield Call("ce_entropy options", mk.ce_entropy,
+               lambda: {"logits": logits(), "target": labels(), "label_smoothing": 0.1, "class_weight": rand(C)},
+               {"label_smoothing": FRACTION,
+                "class_weight": {**optional(FLOATS), "another C": lambda v: v[1:]}})  # fmt: skip
+    yield Call("q_hat options", mk.q_hat, lambda: {"logits": logits(), "target": labels(), "activation": "softmax"},
+               {"activation": CHOICE})  # fmt: skip
+    for name in ("bce_entropy",):
+        good = lambda: {"logits": logits(), "target": soft()}  # noqa: E731
+        yield Call(name, getattr(mk, name), good, {"logits": FLOATS, "target": {**SOFT, "classes": lambda v: labels()}})
+    yield Call("MixupELoss", lambda **options: mk.MixupELoss(**options)(logits(), mixed_target()),
+               lambda: {**loss_options(), "inplace_backward": False},
+               {**LOSS_OPTIONS, "eta": NON_NEGATIVE, "inplace_backward": FLAG})  # fmt: skip
+    good = lambda: {"logits": logits(), "target": labels()}  # noqa: E731
+    criterion = functools.partial(mk.MixupELoss, eta=0.1)
+    yield Call("MixupELoss()", run, good, {"logits": FLOATS, "target": TARGET}, {}, criterion)
+    yield Call("MixupELoss.eta", lambda owner, eta: setattr(owner, "eta", eta), lambda: {"eta": 0.1},
+               {"eta": NON_NEGATIVE}, {}, criterion)  # fmt: skip
+    good = lambda: {**linear_arguments(), **loss_options()}  # noqa: E731
+    shapes = {"another width": lambda v: v[..., 1:], "3-d": lambda v: v.unsqueeze(0)}
+    yield Call("linear_mixupe_loss", mk.linear_mixupe_loss, good,
+               {"hidden": {**FLOATS, **without(shapes, "3-d")}, "weight": {**FLOATS, **shapes}, "target": TARGET,
+                "bias": {**optional(FLOATS), **shapes}, "chunk_rows": optional(COUNT), **LOSS_OPTIONS},
+               {"weight": "weight|hidden", "hidden": "weight|hidden"})  # fmt: skip
+    yield from tables_of_targets("linear_mixupe_loss", mk.linear_mixupe_loss, good)
+    yield Call("exact_q", mk.exact_q,
+               lambda: {"model": model(), "x": rand(N, 5), "labels": labels(), "x_mean": torch.zeros(5),
+                        "detach_residual": False},
+               {"model": CALLABLE, "x": FLOATS, "labels": INTEGERS, "detach_residual": FLAG,
+                "x_mean": {**without(FLOATS, "int", "bool", "0-d"), "shape": lambda v: v[1:]}})  # fmt: skip
+    yield Call("input_mean", mk.input_mean, lambda: {"loader": [rand(2, 3)], "progress": False},
+               {"loader": {"None": lambda v: None, "number": lambda v: 1, "empty": lambda v: [], "None batch": lambda v: [None],
+                           "empty tuple": lambda v: [()], "shapes": lambda v: [rand(2, 3), rand(2, 4)],
+                           "complex": lambda v: [rand(2, 3).to(torch.complex64)], "0-d": lambda v: [torch.tensor(1.0)],
+                           "sparse": lambda v: [rand(2, 3).to_sparse()], "numpy": lambda v: [np.zeros((2, 3))]},
+                "progress": FLAG})  # fmt: skip
+    good = lambda: {"logits": logits(), "target": mixed_target(), "topk": (1,)}  # noqa: E731
+    yield Call("mixed_accuracy", mk.mixed_accuracy, good,
+               {"logits": {**FLOATS, "3-d": lambda v: v.unsqueeze(0)}, "target": MIXED_TARGET,
+                "topk": {"None": lambda v: None, "str": lambda v: "1", "bool": lambda v: True, "zero": lambda v: 0,
+                         "float": lambda v: 1.5, "too large": lambda v: (1, C + 1), "empty": lambda v: ()}})  # fmt: skip
+    yield from tables_of_targets("mixed_accuracy", mk.mixed_accuracy, good)
+    yield Call("forward_mixupe", mk.forward_mixupe,
+               lambda: {"model": nn.Linear(5, C), "x": rand(N, 5), "target": mixed_target(num_mixed=2, num_reg=2),
+                        "batched": False},
+               {"model": CALLABLE, "x": {**NO_TENSOR, "one less": lambda v: v[1:], "0-d": lambda v: v.new_zeros(())},
+                "target": MIXED_TARGET, "batched": FLAG})  # fmt: skip
+    yield Call("split_batch_norm", mk.split_batch_norm, lambda: {"model": nn.Sequential(nn.BatchNorm1d(5))},
+               {"model": {**CALLABLE, "function": lambda v: v.forward, "class": lambda v: nn.BatchNorm1d}})  # fmt: skip
+    yield Call("expected_a_lambda", mk.expected_a_lambda, lambda: {"alpha": 1.0, "beta": 2.0},
+               {"alpha": POSITIVE, "beta": optional(POSITIVE)})  # fmt: skip
+    yield Call("use_backend", lambda name: mk.use_backend(name).__enter__(), lambda: {"name": "reference"},
+               {"name": CHOICE}, {"name": "backend"})  # fmt: skip
+    yield Call("LinearRamp", mk.LinearRamp, lambda: {"start": 0.0, "stop": 1.0, "first_epoch": 0, "last_epoch": 2},
+               {"start": {**NUMBER, "infinite": lambda v: float("inf")}, "stop": NUMBER, "first_epoch": NON_NEGATIVE,
+                "last_epoch": {**NUMBER, "before": lambda v: 0}})  # fmt: skip
+    yield Call("LinearRamp()", mk.LinearRamp(0, 1, last_epoch=2), lambda: {"epoch": 1.0}, {"epoch": NON_NEGATIVE})
+    yield Call("Mixup", mk.Mixup, lambda: dict(MIXER_DEFAULTS), MIXER, MIXER_SAYS)
+    yield Call("MixupE", mk.MixupE,
+               lambda: {**MIXER_DEFAULTS, "clean_fraction": 1.0, "split": False, "regularize": "clean", "interval": 1,
+                        "eta_ramp": None},
+               {**MIXER, "clean_fraction": {**FRACTION, "zero": lambda v: 0.0}, "split": FLAG, "regularize": CHOICE,
+                "interval": COUNT, "eta_ramp": {"number": lambda v: 1.0, "str": lambda v: "x"}},
+               {**MIXER_SAYS, "split": "split|clean_fraction", "inplace": "inplace|regularize"})  # fmt: skip
+    yield from mixers()
+    mixer = lambda: mk.MixupE(generator=seeded())  # noqa: E731
+    state = mixer().state_dict()
+    yield Call("set_epoch", mk.MixupE.set_epoch, lambda: {"epoch": 1.0}, {"epoch": NON_NEGATIVE}, {}, mixer)
+    yield Call("num_rows", mk.MixupE.num_rows, lambda: {"batch": N}, {"batch": without(COUNT, "zero")}, {}, mixer)
+    yield Call("draw", mk.MixupE.draw, lambda: {"labels": labels(), "ids": torch.arange(N)},
+               {"labels": without(INTEGERS, "negative", "too large", "one more", "one less"),
+                "ids": without(optional(INTEGERS), "negative", "too large")}, {"labels": "labels|ids"}, mixer)  # fmt: skip
+    yield Call("load_state_dict", lambda owner, **changes: owner.load_state_dict(changes), lambda: dict(state),
+               {"epoch": NON_NEGATIVE, "steps": {**without(NON_NEGATIVE, "infinite"), "fraction": lambda v: 1.5},
+                "enabled": FLAG, "generator": {"None": lambda v: None, "str": lambda v: "x", "short": lambda v: v[1:]}},
+               {}, mixer)  # fmt: skip
+    yield Call("load_state_dict whole", mk.MixupE.load_state_dict, lambda: {"state": dict(state)},
+               {"state": {"None": lambda v: None, "list": list, "empty": lambda v: {}, "number": lambda v: 1}},
+               {}, mixer)  # fmt: skip
+    manifold = lambda: {"model": model(), "layers": ["0"], "mixup_fn": mk.Mixup(generator=seeded()), "generator": None}  # noqa: E731
+    yield Call("ManifoldMixup", mk.ManifoldMixup, manifold,
+               {"model": {**CALLABLE, "function": lambda v: v.forward},
+                "layers": {"None": lambda v: None, "str": lambda v: "0", "empty": lambda v: [], "other": lambda v: ["9"],
+                           "number": lambda v: [0], "None name": lambda v: [None]},
+                "mixup_fn": CALLABLE, "generator": GENERATOR})  # fmt: skip
+    yield Call("ManifoldMixup()", run, lambda: {"x": rand(N, 5), "labels": labels(), "ids": torch.arange(N)},
+               {"labels": without(INTEGERS, "negative", "too large"),
+                "ids": without(optional(INTEGERS), "negative", "too large"),
+                "x": {"one less": lambda v: v[1:]}},
+               {"labels": "labels|ids|x"}, lambda: mk.ManifoldMixup(**manifold()))  # fmt: skip
+    for name, good, kinds in (
+        ("Beta", {"alpha": 1.0, "beta": 2.0, "fold": "none"}, {"alpha": POSITIVE, "beta": optional(POSITIVE), "fold": CHOICE}),
+        ("HalfBeta", {"alpha": 1.0}, {"alpha": POSITIVE}),
+        ("DLambda", {"alpha": 1.0, "beta": 2.0}, {"alpha": POSITIVE, "beta": optional(POSITIVE)}),
+        ("WShaped", {"alpha": 1.0, "fold": "none"}, {"alpha": POSITIVE, "fold": CHOICE}),
+        ("Uniform", {"low": 0.0, "high": 1.0, "fold": "none"}, {"low": FRACTION, "high": FRACTION, "fold": CHOICE}),
+        ("Fixed", {"value": 0.5, "fold": "none"}, {"value": FRACTION, "fold": CHOICE}),
+        ("Custom", {"function": nonsense(torch.ones(1)), "expected_a_lambda": 0.3},
+         {"function": CALLABLE, "expected_a_lambda": {**optional(FRACTION), "above 1/2": lambda v: 0.6}}),
+        ("Dirichlet", {"alpha": 1.0, "num_samples": 3}, {"alpha": POSITIVE, "num_samples": COUNT}),
+    ):  # fmt: skip
+        yield Call(f"sampling.{name}", getattr(mk.sampling, name), functools.partial(dict, good), kinds)
+    index = torch.tensor([[1], [0], [3], [2]])
+    yield Call("pairing.Neighbors", mk.pairing.Neighbors, lambda: {"index": index},
+               {"index": {**without(INTEGERS, "one more", "one less", "meta"), "1-d": lambda v: v[0], "empty": lambda v: v[:, :0]}})  # fmt: skip
+    yield Call("MixedTarget.dense", lambda **arguments: mixed_target().dense(**arguments),
+               lambda: {"num_classes": C, "label_smoothing": 0.1},
+               {"num_classes": {**COUNT, "too small": lambda v: 2}, "label_smoothing": FRACTION},
+               {"num_classes": "num_classes|labels"})  # fmt: skip
+    yield Call("MixedTarget.cat", mk.MixedTarget.cat, lambda: {"targets": [mixed_target()]},
+               {"targets": {"None": lambda v: None, "number": lambda v: 1, "empty": lambda v: [], "tensors": lambda v: [labels()]}})  # fmt: skip
+
+
+CALLS = list(table())
+BAD = [(call, name, kind) for call in CALLS for name, kinds in call.kinds.items() for kind in kinds]
+
+
+def snapshot(values, owner):
+    """What a refused call must not change: tensors given, torch's generator, and the state of a mixer or criterion."""
+    kept = [value.clone() if isinstance(value, Tensor) and value.device.type == "cpu" else None for value in values]
+    if isinstance(owner, mk.ManifoldMixup):
+        owner = owner.mixup_fn
+    if isinstance(owner, mk.Mixup):
+        described = copy.deepcopy(owner.state_dict())
+    elif isinstance(owner, nn.Module):
+        described = copy.deepcopy({**owner.state_dict(), "last": owner.last})
+    else:
+        described = None
+    return kept, torch.get_rng_state(), described
+
+
+def same(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.is_nested or a.layout != torch.strided:
+            return True
+        return a.shape == b.shape and torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_the_good_call_works(call):
+    function, _ = call.start()
+    function(**call.good())
+
+
+@pytest.mark.parametrize(("call", "name", "kind"), BAD, ids=[f"{c.name}-{n}-{k}" for c, n, k in BAD])
+def test_a_bad_argument_is_refused(call, name, kind):
+    function, owner = call.start()
+    arguments = call.good()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments[name] = call.kinds[name][kind](arguments[name])
+        before = snapshot(arguments.values(), owner)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            function(**arguments)
+    message = str(caught.value)
+    says = call.says.get(name, name)
+    assert re.search(rf"\b({says})\b", message) and re.search(r" must |argument", message), (
+        f"must name {says}: {message}"
+    )
+    assert same(snapshot(arguments.values(), owner), before), "a refused call changed something"
+
+
+CUSTOM = list(custom_parts())
+
+
+@pytest.mark.parametrize(("says", "call"), [row[1:] for row in CUSTOM], ids=[row[0] for row in CUSTOM])
+def test_nonsense_of_a_custom_part_is_refused(says, call):
+    with pytest.raises((TypeError, ValueError), match=says):
+        call()
+
+
+def test_the_table_covers_the_public_names():
+    covered = " ".join([call.name for call in CALLS] + [row[0] for row in CUSTOM])
+    takes_nothing = {"available_backends", "MixedAccuracy", "MixedTarget", "batch_mean"}  # the last is input_mean
+    for name in set(mk.__all__) - takes_nothing:
+        assert re.search(rf"\b{name}\b", covered), name
