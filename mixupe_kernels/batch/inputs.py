@@ -102,7 +102,7 @@ def rows_of(value: Any, rows: Tensor) -> Any:
     return type(value)([value[row] for row in rows.tolist()])
 
 
-def replaced(x: Mapping | Sequence, changes: dict[Hashable, Any]) -> dict | Sequence:
+def replaced(x: Any, changes: dict[Hashable, Any]) -> dict | Sequence:
     """A copy of ``x`` with some entries replaced, the others being the same objects: a dict of a mapping."""
     if isinstance(x, Mapping):
         return {**x, **changes}
@@ -176,7 +176,7 @@ class Transform:
             raise ValueError(f"mean and std must be given together, got mean={mean!r} and std={std!r}")
         self.mean = None if mean is None else self._numbers("mean", mean)
         self.std = None if std is None else self._numbers("std", std, positive=True)
-        if mean is not None and len(self.mean) != len(self.std):
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError(f"std must have as many values as mean ({len(self.mean)}), got {len(self.std)}")
         if dtype is not None and dtype not in checks.LOGITS_DTYPES:
             raise ValueError(f"dtype must be float32, float64, bfloat16, float16 or None, got {dtype}")
@@ -209,7 +209,9 @@ class Transform:
             checks.dtype(name, x, checks.LOGITS_DTYPES)
         if self.memory_format in FORMATS and x.dim() not in FORMATS.values() and normalise:
             raise ValueError(f"{name} must have 4 or 5 dimensions for {self.memory_format}, got {x.dim()}")
-        memory_format = self.memory_format if FORMATS.get(self.memory_format, x.dim()) == x.dim() else None
+        memory_format = self.memory_format
+        if memory_format is not None and FORMATS.get(memory_format, x.dim()) != x.dim():
+            memory_format = None
         mean, std, per = self.mean if normalise else None, self.std, 1.0
         dtype = self.dtype
         if x.dtype == torch.uint8 and not (self.mean is self.dtype is None):
@@ -217,7 +219,7 @@ class Transform:
             if mean is None:
                 channels = x.shape[1] if x.dim() >= 2 else 1
                 mean, std = (0.0,) * channels, (1.0,) * channels
-        if mean is None:
+        if mean is None or std is None:
             return Arguments(None, None, dtype, memory_format)
         if x.dim() < 2 or x.shape[1] != len(mean):
             raise ValueError(f"{name} must have shape (B, {len(mean)}, ...), got {tuple(x.shape)}")

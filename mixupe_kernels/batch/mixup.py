@@ -306,8 +306,9 @@ class Mixup:
     def _batch_of_several(self, x, labels, ids, out, draw: Callable[..., Draw]) -> tuple[Any, MixedTarget]:
         if not isinstance(x, (Mapping, tuple, list)):
             raise TypeError(f"x must be a tensor, or a tuple, list or dict of tensors, got {type(x).__name__}")
-        within = labels is None and isinstance(x, Mapping)
-        if within:
+        within = False
+        if labels is None and isinstance(x, Mapping):
+            within = True
             if self.labels_key not in x:
                 raise ValueError(f"labels must be given, or be the entry {self.labels_key!r} of x, got {list(x)}")
             labels = x[self.labels_key]

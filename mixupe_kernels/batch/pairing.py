@@ -6,6 +6,7 @@ A pairing is a function ``pairing(size, generator, device, labels=None, ids=None
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ PAIRINGS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def check(partner: Tensor, size: int, device: torch.device) -> Tensor:
+def check(partner: Any, size: int, device: torch.device) -> Tensor:
     """What a caller's pairing returned, if it is (size,) int64 in [0, size) on ``device``.
 
     Raises:

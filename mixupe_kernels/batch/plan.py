@@ -167,7 +167,7 @@ class Plan:
 
     def _check_combination(self) -> None:
         ramp = isinstance(self.alpha, LinearRamp)
-        alphas = (self.alpha.start, self.alpha.stop) if ramp else (self.alpha,)
+        alphas = (self.alpha.start, self.alpha.stop) if isinstance(self.alpha, LinearRamp) else (self.alpha,)
         if min(checks.non_negative("alpha", alpha) for alpha in alphas) == 0 and self.beta is not None:
             raise ValueError(f"beta must be None where alpha is 0, no mixing, got {self.beta!r}")
         if self.num_samples == 1:
@@ -242,11 +242,13 @@ class Plan:
                 raise ValueError(f"generator must be on the device of labels, {device}, got {source.device}")
         if labels.dim() != 1 or self.cutmix is not None or self._by_class:
             self._check(labels, image_size)
-        regularized = self.clean is not None and (self.clean.interval == 1 or self.progress.due())
+        clean = self.clean
+        if clean is not None and clean.interval > 1 and not self.progress.due():
+            clean = None
         if self.num_samples > 2:
-            draw = self._draw_many(labels, ids, source, regularized)
+            draw = self._draw_many(labels, ids, source, clean)
         else:
-            draw = self._draw_pairs(labels, ids, image_size, source, regularized)
+            draw = self._draw_pairs(labels, ids, image_size, source, clean)
         self.progress.own.add_(1)
         self.progress.phase = self.progress.phase.next
         return draw
@@ -257,7 +259,7 @@ class Plan:
         ids: Tensor | None,
         image_size: tuple[int, int] | None,
         source: Source,
-        regularized: bool,
+        clean: CleanRows | None,
     ) -> Draw:
         batch, device = labels.shape[0], labels.device
         # λ of the labels and λ of the pixels differ with CutMix only.
@@ -271,14 +273,16 @@ class Plan:
             lam = self._leave_some(lam, one(device), source)
         pixel_lam = lam
         box = None
-        if self.cutmix is not None:
-            lam, pixel_lam, box = self._draw_box(lam, image_size, source)
+        if self.cutmix is not None and image_size is not None:
+            lam, pixel_lam, box = self._draw_box(self.cutmix, lam, image_size, source)
         maps = labels.dim() > 1 and not labels.is_floating_point()
         if maps:  # a label map is cut as its image is, so its λ is that of the pixels outside
             lam = pixel_lam
-        rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
-        if regularized:
-            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, source), self.reg_weight
+        rows, num_mixed, num_reg = None, batch, 0
+        reg_weight: Tensor | float = 0.0
+        if clean is not None:
+            rows, num_mixed, num_reg = clean.layout(batch, device, source)
+            reg_weight = self.reg_weight
             if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
                 reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         partner = None
@@ -316,7 +320,7 @@ class Plan:
         shape = tuple(labels.shape)
         if self.num_samples > 2:
             raise ValueError(f"labels must be (B,) classes or (B, C) soft with num_samples > 2, got int64 of {shape}")
-        if self.cutmix is not None and (labels.dim() < 3 or shape[-2:] != tuple(image_size)):
+        if image_size is not None and (labels.dim() < 3 or shape[-2:] != tuple(image_size)):
             raise ValueError(
                 f"labels must be (B,), (B, C) soft, or maps (B, ..., {image_size[0]}, {image_size[1]}) of the images' "
                 f"size with cutmix_alpha, got int64 of {shape}"
@@ -329,17 +333,17 @@ class Plan:
         return torch.where(chosen.reshape(size + (1,) * own.dim()), lam, own)
 
     def _draw_box(
-        self, lam: Tensor, image_size: tuple[int, int] | None, source: Source
+        self, law: sampling.Beta, lam: Tensor, image_size: tuple[int, int], source: Source
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
         device = lam.device
         uniform = rand((2,), source, device)
         cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
-        box, box_lam = cutmix.draw_box(self.cutmix.sample((), source, device), *image_size, source)
+        box, box_lam = cutmix.draw_box(law.sample((), source, device), *image_size, source)
         box_lam = torch.where(used, box_lam, one(device))
         return torch.where(cut, box_lam, lam), torch.where(cut, one(device), lam), box * (cut & used)
 
-    def _draw_many(self, labels: Tensor, ids: Tensor | None, source: Source, regularized: bool) -> Draw:
+    def _draw_many(self, labels: Tensor, ids: Tensor | None, source: Source, clean: CleanRows | None) -> Draw:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
         soft = one_hot(labels, self.num_classes)
@@ -354,22 +358,24 @@ class Plan:
         if self._own_pairing:
             others = [pairings.check(partner, batch, device) for partner in others]
         index = torch.stack([sequence(batch, device), *others], 1)
-        rows, num_mixed, num_reg, reg_weight = None, batch, 0, 0.0
-        if regularized:
-            (rows, num_mixed, num_reg), reg_weight = self.clean.layout(batch, device, source), self.reg_weight
+        rows, num_mixed, num_reg = None, batch, 0
+        reg_weight: Tensor | float = 0.0
+        if clean is not None:
+            rows, num_mixed, num_reg = clean.layout(batch, device, source)
+            reg_weight = self.reg_weight
             if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
                 reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         if rows is not None:
-            mixed, clean = rows[:num_mixed], rows[num_mixed:]
+            mixed, unmixed = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]
         dense = (weights.unsqueeze(-1) * soft[index]).sum(1)
         weights, index = weights.reshape(-1), index.reshape(-1)
         offsets = sequence(num_mixed + 1, device) * terms
         if rows is not None:
-            dense = torch.cat([dense, soft[clean]])
-            index = torch.cat([index, clean])
-            weights = torch.cat([weights, weights.new_ones(clean.shape[0])])
-            offsets = torch.cat([offsets, sequence(clean.shape[0], device) + (num_mixed * terms + 1)])
+            dense = torch.cat([dense, soft[unmixed]])
+            index = torch.cat([index, unmixed])
+            weights = torch.cat([weights, weights.new_ones(unmixed.shape[0])])
+            offsets = torch.cat([offsets, sequence(unmixed.shape[0], device) + (num_mixed * terms + 1)])
         lam = weights.new_ones(dense.shape[0])
         return Draw(
             batch, index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), rows, offsets

@@ -92,7 +92,7 @@ def from_stream(
 ) -> Tensor:
     ticket += 1
     generator = _by_key[key].generator
-    if law == "standard_gamma":
+    if concentration is not None:
         return standard_gamma(concentration, generator)
     if law == "randperm":
         return torch.randperm(size[0], device=device, generator=generator)

@@ -10,13 +10,14 @@ label with weight λ at distance 1 - λ, and its second with weight 1 - λ at di
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range, constant
-from .randomness import rand, standard_gamma
+from .randomness import Source, rand, standard_gamma
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
 # ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
@@ -46,7 +47,7 @@ def expected_a_lambda(alpha: float, beta: float | None = None) -> float:
     return 2 * (alpha / total) * (beta / (total + 1))
 
 
-def _log_gamma_variates(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
+def _log_gamma_variates(concentration: Tensor, generator: Source) -> Tensor:
     """log G, G ~ Gamma(a, 1): log of Gamma(a + 1) plus log(U)/a (Marsaglia and Tsang, 2000, §6)."""
     boosted = standard_gamma(concentration + 1, generator)
     uniform = rand(concentration.shape, generator, concentration.device, torch.float64)
@@ -62,7 +63,7 @@ class _Gammas:
         self._on_cpu = torch.tensor(concentration, dtype=torch.float64, device="cpu")
         self._scalars = [torch.tensor(value, dtype=torch.float32, device="cpu") for value in concentration]
 
-    def draw(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def draw(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         """Shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
         parameters = self._on_cpu
         if device.type != "cpu" and torch.compiler.is_compiling():
@@ -95,10 +96,10 @@ class Distribution:
     def __init__(self, fold: str = "none"):
         self.fold = checks.choice("fold", fold, FOLDS)
 
-    def draw(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def draw(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         raise NotImplementedError
 
-    def sample(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def sample(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         """λ of shape ``size``, float32 in [0, 1], on ``device``."""
         lam = self.draw(size, generator, device)
         return torch.maximum(lam, 1 - lam) if self.fold == "max" else lam
@@ -250,7 +251,7 @@ class Dirichlet:
         self.expected_a_lambda_error = 0.0
         self._gammas = _Gammas((self.alpha,) * self.num_samples)
 
-    def sample(self, size: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def sample(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         """Weights of shape (*size, num_samples), float32, that sum to 1, on ``device``."""
         return self._gammas.draw(size, generator, device).float()
 
@@ -273,7 +274,7 @@ def check(name: str, lam: Tensor, size: tuple[int, ...]) -> Tensor:
     return lam
 
 
-def as_distribution(value: Distribution | Callable) -> Distribution:
+def as_distribution(value: Any) -> Distribution:
     """``value`` if it has what a :class:`Distribution` has, :class:`Custom` of it if it is a function.
 
     Raises:
