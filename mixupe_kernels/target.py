@@ -1,14 +1,14 @@
 """The target of a mixed batch: two labels a row and the weight of the first."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, ops
-from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, constant
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept
 from .ops import RowOptions, RowTarget, reference
 
 
@@ -364,8 +364,9 @@ def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:
 def _mixed_soft_labels(labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor) -> Tensor:
     checks.shape("target.labels", labels, logits.shape)
     checks.shape("target.partner_labels", partner_labels, labels.shape)
-    checks.same_device("target.lam", lam, "logits", logits)
-    checks.same_device("target.partner_labels", partner_labels, "logits", logits)
+    if not lam.device == partner_labels.device == logits.device:
+        checks.same_device("target.lam", lam, "logits", logits)
+        checks.same_device("target.partner_labels", partner_labels, "logits", logits)
     if not torch.compiler.is_compiling() and not ops.is_transformed(lam):  # neither has values to look at
         check_range("target.lam", lam, 0, 1, "in [0, 1]")
     weight = _lam_of(lam, labels[..., 0]).unsqueeze(-1)
@@ -383,9 +384,15 @@ def check_multilabel(target: RowTarget) -> None:
         raise TypeError("target must be floating point (..., C) for a sigmoid model, got class indices")
 
 
+_scalars: dict[Hashable, Tensor] = {}
+
+
 def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A non-negative number as a 0-d tensor of the compute dtype beside ``like``."""
-    compute, device = accumulate_dtype(like.dtype), like.device
+    """A non-negative number as a 0-d tensor of the compute dtype beside ``like``. Numbers are converted once."""
+    compute, device = torch.float64 if like.dtype is torch.float64 else torch.float32, like.device
+    key = (value, compute, device) if type(value) is float else None
+    if key in _scalars and not torch.compiler.is_compiling():
+        return _scalars[key]
     if isinstance(value, Tensor):
         if value.dim():
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
@@ -394,8 +401,8 @@ def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
         if value.is_complex():
             raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
         return value.to(device, compute, non_blocking=True)
-    value = checks.non_negative(name, value)
-    return constant(("scalar", value, compute, device), lambda: torch.full((), value, dtype=compute, device=device))
+    number = checks.non_negative(name, value)
+    return kept(_scalars, (number, compute, device), lambda: torch.full((), number, dtype=compute, device=device))
 
 
 _MIXED_NAMES = {name: f"target.{name}" for name in MixedTarget._fields}

@@ -101,7 +101,7 @@ def normalise_apart(
     The plain form is two calls and their concatenation: a compiled graph fuses them, and forward mode and torch.func
     transform them. Elsewhere the concatenation would be a pass over the activations, which :class:`_NormaliseApart` saves.
     """
-    plain = torch.compiler.is_compiling() or ops.transforms_active() or checks.has_tangent(x, weight, bias)
+    plain = torch.compiler.is_compiling() or ops.is_transformed(x)
     if plain or not _writes_parts(x, weight):
         # A layer without a weight computes in the precision of its running statistics.
         buffers = [None if value is None else torch.zeros_like(value) for value in (running_mean, running_var)]

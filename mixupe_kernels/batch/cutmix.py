@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..conventions import constant
-from .randomness import Source, rand
+from .randomness import Source
+from .sampling import rand
 
 
 def draw_box(lam: Tensor, height: int, width: int, generator: Source) -> tuple[Tensor, Tensor]:

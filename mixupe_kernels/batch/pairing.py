@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range, sequence
-from .randomness import Stream, from_stream, rand
+from .randomness import Stream, from_stream
+from .sampling import rand
 
 
 def random(size, generator, device, labels=None, ids=None) -> Tensor:

@@ -14,7 +14,7 @@ from ..target import MixedTarget, one_hot
 from . import cutmix, sampling
 from . import pairing as pairings
 from .progress import Progress
-from .randomness import Source, Stream, rand
+from .randomness import Source, Stream
 from .schedule import LinearRamp
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ class Plan:
     def _leave_some(self, lam: Tensor, own: Tensor, source: Source) -> Tensor:
         """λ or weights, and those of the own sample alone, ``own``, with probability 1 - ``prob``."""
         size = lam.shape[: lam.dim() - own.dim()]
-        chosen = rand(size, source, lam.device) < self.prob
+        chosen = sampling.rand(size, source, lam.device) < self.prob
         return torch.where(chosen.reshape(size + (1,) * own.dim()), lam, own)
 
     def _draw_box(
@@ -337,7 +337,7 @@ class Plan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
         device = lam.device
-        uniform = rand((2,), source, device)
+        uniform = sampling.rand((2,), source, device)
         cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
         box, box_lam = cutmix.draw_box(law.sample((), source, device), *image_size, source)
         box_lam = torch.where(used, box_lam, one(device))

@@ -63,15 +63,6 @@ _by_key: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 Source = torch.Generator | Stream | None
 
 
-def rand(size: Sequence[int], source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform in [0, 1). For a permutation, see :func:`mixupe_kernels.pairing.random`."""
-    if source is None:
-        return torch.rand(size, dtype=dtype, device=device)
-    if isinstance(source, Stream):
-        return from_stream(source.ticket, source.key, "rand", size, dtype, device)
-    return torch.rand(size, dtype=dtype, device=device, generator=source)
-
-
 def standard_gamma(concentration: Tensor, source: Source) -> Tensor:
     """Gamma(a, 1) for each a. By a private function of torch, since torch.distributions takes no generator."""
     if isinstance(source, Stream):
@@ -96,7 +87,7 @@ def from_stream(
         return standard_gamma(concentration, generator)
     if law == "randperm":
         return torch.randperm(size[0], device=device, generator=generator)
-    return rand(size, generator, device, dtype)
+    return torch.rand(size, dtype=dtype, device=device, generator=generator)
 
 
 @from_stream.register_fake

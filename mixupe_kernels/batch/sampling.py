@@ -9,7 +9,7 @@ label with weight λ at distance 1 - λ, and its second with weight 1 - λ at di
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range, constant
-from .randomness import Source, rand, standard_gamma
+from .randomness import Source, Stream, from_stream, standard_gamma
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
 # ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
@@ -79,6 +79,15 @@ class _Gammas:
             return _log_gamma_variates(parameters, generator).softmax(-1)
         gammas = standard_gamma(parameters, generator)
         return gammas / gammas.sum(-1, keepdim=True)
+
+
+def rand(size: Sequence[int], source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform in [0, 1). For a permutation, see :func:`mixupe_kernels.pairing.random`."""
+    if source is None:
+        return torch.rand(size, dtype=dtype, device=device)
+    if isinstance(source, Stream):
+        return from_stream(source.ticket, source.key, "rand", size, dtype, device)
+    return torch.rand(size, dtype=dtype, device=device, generator=source)
 
 
 class Distribution:

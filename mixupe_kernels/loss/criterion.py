@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..conventions import accumulate_dtype, kept
+from ..ops import LossArguments
 from ..target import Parsed, as_scalar, check_multilabel, is_learned, parse, renamed
 from .composed import composed_loss
 from .options import Options
@@ -20,6 +21,27 @@ class LossParts(NamedTuple):
     mix_loss: Tensor
     reg: Tensor
     eta_hat: Tensor
+
+
+def loss_arguments(options: Options, eta: Tensor, parsed: Parsed) -> LossArguments:
+    """The loss's arguments as operators take them: the options, η, and what the target says of the rows."""
+    weight = parsed.reg_weight
+    if (
+        not (type(weight) is Tensor and weight.dtype is eta.dtype and weight.device == eta.device)
+        or weight.requires_grad
+    ):
+        weight = as_scalar("target.reg_weight", weight, eta)
+    return LossArguments(
+        eta,
+        weight,
+        parsed.num_mixed,
+        parsed.num_reg,
+        options.penalty,
+        options.threshold,
+        options.rescale,
+        options.label_smoothing,
+        options.sigmoid,
+    )
 
 
 def _check_inplace(logits: Tensor, transformed: bool) -> None:
@@ -46,7 +68,7 @@ def _loss(
     transformed = ops.is_transformed(logits)
     if options.inplace_backward:
         _check_inplace(logits, transformed)
-    arguments = options.arguments(eta, parsed)
+    arguments = loss_arguments(options, eta, parsed)
     try:
         if transformed or q is not None or options.function is not None or is_learned(parsed.target):
             loss, parts = composed_loss(parsed.rows, parsed.target, arguments, options.function, q)

@@ -9,6 +9,7 @@ from ..conventions import PENALTIES, accumulate_dtype
 from ..ops import LossStats, RowGradients, RowOutputs, RowStats, RowTarget, reference
 from ..target import as_scalar, check_multilabel, is_learned, parse, renamed
 from .composed import composed_loss
+from .criterion import loss_arguments
 from .options import Options
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
@@ -146,7 +147,7 @@ def linear_mixupe_loss(
     parsed = parse(like, target)
     if options.sigmoid:
         check_multilabel(parsed.target)
-    arguments = options.arguments(as_scalar("eta", eta, like), parsed)
+    arguments = loss_arguments(options, as_scalar("eta", eta, like), parsed)
     try:
         if ops.is_transformed(hidden) or is_learned(parsed.target):
             return composed_loss(F.linear(hidden, weight, bias), parsed.target, arguments)[0]

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import PENALTIES
-from ..ops import LossArguments
-from ..target import Parsed, as_scalar
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -42,24 +40,4 @@ class Options(NamedTuple):
             checks.choice("activation", activation, ACTIVATIONS) == "sigmoid",
             bool(inplace_backward),
             checks.integer("class_dim", class_dim),
-        )
-
-    def arguments(self, eta: Tensor, parsed: Parsed) -> LossArguments:
-        """As the operators take them, with η and what the target says of the rows."""
-        weight = parsed.reg_weight
-        if (
-            not (type(weight) is Tensor and weight.dtype is eta.dtype and weight.device == eta.device)
-            or weight.requires_grad
-        ):
-            weight = as_scalar("target.reg_weight", weight, eta)
-        return LossArguments(
-            eta,
-            weight,
-            parsed.num_mixed,
-            parsed.num_reg,
-            self.penalty,
-            self.threshold,
-            self.rescale,
-            self.label_smoothing,
-            self.sigmoid,
         )

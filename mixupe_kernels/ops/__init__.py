@@ -3,7 +3,7 @@
 from .arguments import LossArguments, LossStats, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
 from .losses import ce_entropy, ce_entropy_backward, fused_loss
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .registration import call, in_backward, is_transformed, operators, transforms_active
+from .registration import call, in_backward, is_transformed, operators
 
 __all__ = [
     "LossArguments",
@@ -25,5 +25,4 @@ __all__ = [
     "mix_out_op",
     "mixed_target_op",
     "operators",
-    "transforms_active",
 ]

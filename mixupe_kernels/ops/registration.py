@@ -59,7 +59,7 @@ def keep(ctx: Any, values: tuple) -> None:
     """Save a namedtuple for the backward and for forward mode: its tensors as autograd saves them, the rest as they are."""
     tensors = [value if isinstance(value, Tensor) else None for value in values]
     ctx.save_for_backward(*tensors)
-    if forward_mode():
+    if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
     ctx.others = values._make(None if isinstance(value, Tensor) else value for value in values)
 
@@ -84,13 +84,6 @@ class _Differentiable(NamedTuple):
     function: type[torch.autograd.Function]  # the operator's Function
     eager: type[torch.autograd.Function]  # knows of none
     single_level: type  # for one, within the dispatcher
-
-    def untransformed(self, operator: Callable, args: tuple) -> Any:
-        """The operator where no transform is active."""
-        differentiated = forward_mode() or (
-            torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
-        )
-        return self.eager.apply(*args) if differentiated else below_autograd(operator, *args)
 
 
 def differentiable(operator: Callable) -> Callable[[type], type]:
@@ -124,7 +117,7 @@ def differentiable(operator: Callable) -> Callable[[type], type]:
         def kernel(*args):
             if transforms_active():
                 return apply_single_level(single_level, flat(*args))
-            return functions.untransformed(operator, flat(*args))
+            return untransformed(functions.eager, operator, flat(*args))
 
         library.impl(signature_of(operator).name, kernel, "Autograd")
         return function
@@ -166,7 +159,7 @@ def call(operator: Callable, *args, **written) -> Any:
             return operator(*args, **written)
         if transforms_active():
             return functions.function.apply(*args)
-        return functions.untransformed(operator, args)
+        return untransformed(functions.eager, operator, args)
     except (RuntimeError, TypeError, ValueError) as error:
         raise checks.translate(error) from None
 
@@ -183,19 +176,25 @@ def below_autograd(operator: Callable, *args) -> Any:
         return operator(*args)
 
 
-def transforms_active() -> bool:
-    """Whether a transform of torch.func is active: an ``autograd.Function`` then has to be written for it."""
-    return torch._C._are_functorch_transforms_active()
+def untransformed(function: type[torch.autograd.Function], operator: Callable, args: tuple) -> Any:
+    """``operator(*args)`` where no transform is active: by its ``function``, or its kernel if nothing is differentiated."""
+    differentiated = forward_ad._current_level >= 0
+    if torch.is_grad_enabled():
+        for value in args:
+            differentiated = differentiated or (isinstance(value, Tensor) and value.requires_grad)
+    if differentiated:
+        return function.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+# Whether a transform of torch.func is active: an ``autograd.Function`` then has to be written for it. Nothing public tells.
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 def in_backward() -> bool:
     """Whether this thread is running a backward pass. Nothing public tells it; torch.utils.checkpoint asks the same way."""
     return torch._C._current_graph_task_id() != -1
-
-
-def forward_mode() -> bool:
-    """Whether forward mode is at work. Nothing public tells but of one tensor."""
-    return forward_ad._current_level >= 0
 
 
 def is_transformed(value: Tensor) -> bool:
@@ -204,7 +203,7 @@ def is_transformed(value: Tensor) -> bool:
     Of nested transforms, an outer one may differentiate in what the inner one takes for a constant. Nothing public tells
     of a tensor that outlived its transform.
     """
-    if transforms_active() or forward_mode():
+    if transforms_active() or forward_ad._current_level >= 0:  # public functions tell of one tensor's tangent only
         return True
     if torch.compiler.is_compiling():  # no such tensor gets into a graph
         return False

@@ -4,9 +4,6 @@ import copy
 import inspect
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -452,27 +449,6 @@ def test_attributes_that_would_change_nothing_are_refused(mixer):
         fn.enabled = "no"
     fn.enabled = False
     assert fn.enabled is False and not fn.active
-
-
-COUNT = """
-import torch
-import mixupe_kernels as mk
-from tests.followed import followed
-
-x, labels = torch.randn(128, 10), torch.randint(10, (128,))
-for options, budget in ({}, 20), ({"regularize": "mixed"}, 20), ({"alpha": 0.2, "clean_fraction": 1 / 8}, 22):
-    fn = mk.MixupE(**options)
-    fn(x, labels)
-    calls = followed(lambda: fn(x, labels))
-    files = {file for file, _ in calls}
-    assert len(calls) <= budget and len(files) <= 9, (options, calls)
-"""
-
-
-def test_budget_of_calls_and_files():
-    """In a process of its own: once a backend was chosen, operators are called through it."""
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", COUNT], check=True, cwd=root)
 
 
 def test_apply_refuses_out_where_a_gradient_is_wanted():
