@@ -18,6 +18,7 @@ from ..conventions import IGNORE_INDEX, PENALTIES, accumulate_dtype, check_range
 
 
 def check_logits(logits: Tensor) -> None:
+    checks.strided("logits", logits)
     checks.dtype("logits", logits, checks.LOGITS_DTYPES)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
@@ -25,9 +26,14 @@ def check_logits(logits: Tensor) -> None:
 
 def _check(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor) -> None:
     if value is not None:
+        checks.strided(name, value)
         checks.dtype(name, value, (dtype,))
         checks.shape(name, value, shape)
         checks.same_device(name, value, "logits", logits)
+
+
+def check_upstream(grad: Tensor, logits: Tensor) -> None:
+    _check("grad", grad, accumulate_dtype(logits.dtype), (), logits)
 
 
 def _check_of_rows(values: NamedTuple, logits: Tensor) -> None:
@@ -36,8 +42,7 @@ def _check_of_rows(values: NamedTuple, logits: Tensor) -> None:
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    checks.fraction("label_smoothing", label_smoothing)
 
 
 def _check_penalty(penalty: int) -> None:
@@ -68,9 +73,11 @@ class RowTarget(NamedTuple):
         """Raise for a dtype, shape or device that does not go with the logits (N, C)."""
         compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
         if self.dense:
+            if self.partner_labels is not None or self.lam is not None:
+                raise ValueError("lam must be None where labels are soft")
             return _check("labels", self.labels, compute, logits.shape, logits)
         if (self.partner_labels is None) != (self.lam is None):
-            raise ValueError("partner_labels must be given with lam and only with it")
+            raise ValueError("partner_labels and lam must be given together")
         _check("labels", self.labels, torch.int64, rows, logits)
         _check("partner_labels", self.partner_labels, torch.int64, rows, logits)
         _check("lam", self.lam, compute, rows, logits)

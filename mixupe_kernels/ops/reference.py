@@ -24,6 +24,7 @@ from .arguments import (
     RowStats,
     RowTarget,
     check_logits,
+    check_upstream,
 )
 
 # mix: x̃_i = λ_i x_i + (1 - λ_i) x_partner(i)   (mixup, eq. 1)
@@ -362,9 +363,9 @@ def mixupe_loss_backward(
 ) -> Tensor:
     """The gradient of ``grad``·loss with respect to the logits, (N, C)."""
     check_logits(logits)
-    target.check(logits)
-    stats.check(logits)
-    options.check(logits)
+    check_upstream(grad, logits)
+    for arguments in (target, stats, options):
+        arguments.check(logits)
     entropy, _ = split_sign(stats.signed_entropy)
     coefficients = loss_coefficients(grad, target, stats, options)
     return ce_entropy_backward(coefficients, logits, RowStats(entropy, stats.lse), target, options.of_rows)

@@ -18,6 +18,7 @@ from ..arguments import (
     RowStats,
     RowTarget,
     check_logits,
+    check_upstream,
 )
 from .launch import Tile, launch_tiled
 from .rows import (
@@ -163,6 +164,7 @@ def _backward(
     upstream, num_mixed, detached = None, 0, False
     if loss is not None:
         grad, parts, loss_options = loss
+        check_upstream(grad, logits)
         loss_options.check(logits)
         upstream, num_mixed, detached = (grad, parts), loss_options.num_mixed, penalty_of(loss_options.penalty).detached
     saved = tuple(stat.contiguous() for stat in stats)
