@@ -155,7 +155,7 @@ def main(names: list[str]) -> int:
         for run in leg.runs:
             status, last = run_tests(python, folder, run)
             failed |= status != 0
-            summary.append(f"{name}, {run.modules or 'all tests'}: {last}")
+            summary.append(f"{name}, {run.modules or 'all tests'}: {last}, exit status {status}")
     print("==", *summary, sep="\n")
     return int(failed)
 
