@@ -113,9 +113,9 @@ def translate(error: Exception, names: Mapping[str, str] = MappingProxyType({}))
     return kind(names.get(found[1], found[1]) + found[2])
 
 
-def has_tangent(value: Tensor) -> bool:
-    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating the value."""
-    return forward_ad.unpack_dual(value).tangent is not None
+def has_tangent(*values: Tensor | None) -> bool:
+    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating one of the values."""
+    return any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in values)
 
 
 def no_gradient(destination: str, **tensors: Tensor) -> None:
