@@ -104,8 +104,8 @@ def normalise_apart(
     plain = torch.compiler.is_compiling() or ops.is_transformed(x)
     if plain or not _writes_parts(x, weight):
         # A layer without a weight computes in the precision of its running statistics.
-        buffers = [None if value is None else torch.zeros_like(value) for value in (running_mean, running_var)]
-        first = F.batch_norm(x[:mixed], *buffers, weight, bias, True, 0.0, eps)
+        mean, var = (None if value is None else torch.zeros_like(value) for value in (running_mean, running_var))
+        first = F.batch_norm(x[:mixed], mean, var, weight, bias, True, 0.0, eps)
         last = F.batch_norm(x[mixed:], running_mean, running_var, weight, bias, True, momentum, eps)
         return torch.cat([first, last])
     return _NormaliseApart.apply(x, weight, bias, running_mean, running_var, mixed, momentum, eps)
@@ -146,23 +146,24 @@ class SplitBatchNorm(_BatchNorm):
         return self._finish(self._tracked(x, mixed))
 
     def _tracked(self, x: Tensor, mixed: int) -> Tensor:
-        if not self.track_running_stats or self.running_mean is None:
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats or running_mean is None or running_var is None:
             return self._normalise(x, mixed, None, None, 0.0)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if batches is not None:
+            batches.add_(1)
         if self.momentum is not None:
-            return self._normalise(x, mixed, self.running_mean, self.running_var, self.momentum)
-        mean, var = self._scratch()
+            return self._normalise(x, mixed, running_mean, running_var, self.momentum)
+        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
         out = self._normalise(x, mixed, mean, var, 1.0)
-        # The mean over batches, whose number stays on the device.
-        weight = self.num_batches_tracked.reciprocal().to(mean.dtype)
-        self.running_mean.lerp_(mean, weight)
-        self.running_var.lerp_(var, weight)
+        if batches is not None:  # the mean over batches, whose number stays on the device
+            weight = batches.reciprocal().to(mean.dtype)
+            running_mean.lerp_(mean, weight)
+            running_var.lerp_(var, weight)
         return out
 
     def _scratch(self) -> tuple[Tensor | None, Tensor | None]:
         """Buffers that take the statistics of one batch, with momentum 1, in place of the running ones."""
-        if self.running_mean is None:
+        if self.running_mean is None or self.running_var is None:
             return None, None
         return torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
 
@@ -181,7 +182,7 @@ class SplitBatchNorm(_BatchNorm):
         return {}
 
     def __reduce_ex__(self, protocol):
-        _, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        _, arguments, *state = tuple(super().__reduce_ex__(max(protocol, 2)))
         return _new, (self.original, *arguments[1:]), *state
 
 
@@ -198,12 +199,12 @@ def _mixed_rows(told: Tensor, x: Tensor) -> int:
     return num_mixed * (x.shape[0] // rows)
 
 
-def _activated(self: nn.Module, x: Tensor) -> Tensor:
+def _activated(self: Any, x: Tensor) -> Tensor:
     return self.act(self.drop(x))
 
 
 # Layers with a forward of their own: what it does after the normalisation.
-_FINISH: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"timm.layers.norm_act.BatchNormAct2d": _activated}
+_FINISH: dict[str, Callable[[Any, Tensor], Tensor]] = {"timm.layers.norm_act.BatchNormAct2d": _activated}
 
 
 def _name(cls: type) -> str:
@@ -218,15 +219,16 @@ def _definer(cls: type) -> type:
 @functools.cache
 def _split_class(cls: type[_BatchNorm]) -> type[SplitBatchNorm]:
     contents: dict[str, Any] = {"original": cls, "__module__": __name__, "__doc__": SplitBatchNorm.__doc__}
-    if isinstance(getattr(cls, "cls_to_become", None), type):  # a lazy layer changes its class in its first call
-        contents["cls_to_become"] = _split_class(cls.cls_to_become)
+    becomes = getattr(cls, "cls_to_become", None)
+    if isinstance(becomes, type):  # a lazy layer changes its class in its first call
+        contents["cls_to_become"] = _split_class(becomes)
     finish = _FINISH.get(_name(_definer(cls)))
     if finish is not None:
         contents["_finish"] = finish
     return type(f"Split{cls.__name__}", (SplitBatchNorm, cls), contents)
 
 
-def _new(original: type[_BatchNorm], *arguments) -> SplitBatchNorm:
+def _new(original: type, *arguments) -> SplitBatchNorm:
     cls = _split_class(original)
     return cls.__new__(cls, *arguments)
 
@@ -292,7 +294,8 @@ def split_batch_norm(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         _check_layer(name, layer)
     for _, layer in layers:
-        layer.__class__ = _split_class(type(layer))
+        original: type = type(layer)
+        layer.__class__ = _split_class(original)
     return model
 
 
@@ -334,8 +337,11 @@ def forward_mixupe(
         if not isinstance(target, MixedTarget):
             raise TypeError(f"target must be a MixedTarget or None, got {type(target).__name__}")
         checks.shape("x", x, (target.labels.shape[0], *x.shape[1:]))
-    replicas = isinstance(model, nn.DataParallel) and len(model.device_ids) > 1
-    if replicas and any(isinstance(layer, SplitBatchNorm) for layer in model.modules()):
+    if (
+        isinstance(model, nn.DataParallel)
+        and len(model.device_ids) > 1
+        and any(isinstance(layer, SplitBatchNorm) for layer in model.modules())
+    ):
         raise TypeError(
             "model must be a DistributedDataParallel, not a DataParallel over several devices, after split_batch_norm"
         )
