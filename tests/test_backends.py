@@ -215,6 +215,23 @@ def test_debug_logs_the_backend_when_it_changes():
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_debug_logs_the_path_of_the_loss():
+    code = """
+import torch
+import mixupe_kernels as mk
+logits, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+for penalty in ("abs", torch.abs, "abs"):
+    mk.mixupe_loss(logits, labels, eta=0.1, penalty=penalty)
+mk.linear_mixupe_loss(logits, torch.randn(5, 3), labels, eta=0.1)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "MIXUPE_DEBUG": "1"}
+    )
+    said = [line for line in run.stderr.splitlines() if "loss: " in line]
+    paths = ["loss: fused", "loss: composed", "loss: fused", "linear loss: linear"]
+    assert said == [f"mixupe_kernels: {path}" for path in paths], run.stderr
+
+
 def test_import_does_not_ask_for_a_cuda_device():
     """The driver does not survive a fork once it is initialised, and data loaders fork."""
     code = """

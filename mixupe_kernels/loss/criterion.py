@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks, ops
+from .. import checks, debug, ops
 from ..conventions import accumulate_dtype, kept
 from ..ops import LossArguments
 from ..target import Parsed, as_scalar, check_multilabel, is_learned, parse, renamed
@@ -70,7 +70,10 @@ def _loss(
         _check_inplace(logits, transformed)
     arguments = loss_arguments(options, eta, parsed)
     try:
-        if transformed or q is not None or options.function is not None or is_learned(parsed.target):
+        composed = transformed or q is not None or options.function is not None or is_learned(parsed.target)
+        if debug.ON:
+            debug.ran("loss", "composed" if composed else "fused")
+        if composed:
             loss, parts = composed_loss(parsed.rows, parsed.target, arguments, options.function, q)
         else:
             loss, parts = ops.fused_loss(parsed.rows, parsed.target, arguments, options.inplace_backward)

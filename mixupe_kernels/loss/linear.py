@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks, debug, ops
 from ..conventions import PENALTIES, accumulate_dtype
 from ..ops import LossStats, RowGradients, RowOutputs, RowStats, RowTarget, reference
 from ..target import as_scalar, check_multilabel, is_learned, parse, renamed
@@ -149,7 +149,10 @@ def linear_mixupe_loss(
         check_multilabel(parsed.target)
     arguments = loss_arguments(options, as_scalar("eta", eta, like), parsed)
     try:
-        if ops.is_transformed(hidden) or is_learned(parsed.target):
+        composed = ops.is_transformed(hidden) or is_learned(parsed.target)
+        if debug.ON:
+            debug.ran("linear loss", "composed" if composed else "linear")
+        if composed:
             return composed_loss(F.linear(hidden, weight, bias), parsed.target, arguments)[0]
         arguments.check(like)
         parsed.target.check(like)
