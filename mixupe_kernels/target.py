@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept
-from .ops import RowOptions, RowTarget, reference
+from .ops import LossArguments, RowOptions, RowTarget, reference
 
 
 class MixedTarget(NamedTuple):
@@ -238,13 +238,39 @@ def mix_labels(
 
 
 class Parsed(NamedTuple):
-    """Logits (N, C) and their target as the operators take them, with the rows of L_mix, the rows of R, and w."""
+    """Logits (N, C) and their target as the operators take them, with the rows of L_mix, the rows of R, and w.
+
+    ``transformed``: a transform of torch.func or forward mode is at work, and may differentiate in any of them.
+    """
 
     rows: Tensor
     target: RowTarget
     num_mixed: int
     num_reg: int
     reg_weight: Tensor | float
+    transformed: bool
+
+    def arguments(self, eta: Tensor, options: Any) -> LossArguments:
+        """The loss's, with η and the ``Options`` of it."""
+        weight = self.reg_weight
+        if (
+            type(weight) is not Tensor
+            or weight.dtype is not eta.dtype
+            or weight.device != eta.device
+            or weight.requires_grad
+        ):
+            weight = as_scalar("target.reg_weight", weight, eta)
+        return LossArguments(
+            eta,
+            weight,
+            self.num_mixed,
+            self.num_reg,
+            options.penalty,
+            options.threshold,
+            options.rescale,
+            options.label_smoothing,
+            options.sigmoid,
+        )
 
 
 def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed:
@@ -259,9 +285,9 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
     if class_dim != -1:
         logits, target = _classes_last(logits, target, class_dim)
     rows = logits if logits.dim() == 2 else as_rows(logits)
-    count = rows.shape[0]
+    count, transformed = rows.shape[0], ops.is_transformed(logits)
     if isinstance(target, Tensor):
-        return Parsed(rows, _plain_target(target, logits), count, 0, 0.0)
+        return Parsed(rows, _plain_target(target, logits), count, 0, 0.0, transformed)
     if isinstance(target, MixedTarget):
         labels, partner_labels, lam = target.labels, target.partner_labels, target.lam
         num_mixed, num_reg, reg_weight = target.num_mixed, target.num_reg, target.reg_weight
@@ -274,14 +300,15 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
     if not (type(labels) is type(partner_labels) is type(lam) is Tensor and lam.dtype is compute):
         lam = _check_parts(labels, partner_labels, lam).to(compute)
     if labels.is_floating_point():
-        row_target = RowTarget(_mixed_soft_labels(labels, partner_labels, lam, logits).reshape(-1, rows.shape[1]))
+        mixed = _mixed_soft_labels(labels, partner_labels, lam, logits, transformed)
+        row_target = RowTarget(mixed if logits.dim() == 2 else mixed.reshape(-1, rows.shape[1]))
     elif logits.dim() == 2:
         row_target = RowTarget(labels, partner_labels, lam)
     else:
         checks.shape("target.labels", labels, logits.shape[:-1])
         checks.shape("target.partner_labels", partner_labels, labels.shape)
         row_target = RowTarget(labels.reshape(-1), partner_labels.reshape(-1), _lam_of(lam, labels).reshape(-1))
-    return Parsed(rows, row_target, num_mixed, num_reg, reg_weight)
+    return Parsed(rows, row_target, num_mixed, num_reg, reg_weight, transformed)
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -361,16 +388,19 @@ def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:
     return lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
 
 
-def _mixed_soft_labels(labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor) -> Tensor:
-    checks.shape("target.labels", labels, logits.shape)
-    checks.shape("target.partner_labels", partner_labels, labels.shape)
-    if not lam.device == partner_labels.device == logits.device:
-        checks.same_device("target.lam", lam, "logits", logits)
-        checks.same_device("target.partner_labels", partner_labels, "logits", logits)
-    if not torch.compiler.is_compiling() and not ops.is_transformed(lam):  # neither has values to look at
+def _mixed_soft_labels(
+    labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor, transformed: bool
+) -> Tensor:
+    if not labels.shape == partner_labels.shape == logits.shape:
+        checks.shape("target.labels", labels, logits.shape)
+        checks.shape("target.partner_labels", partner_labels, labels.shape)
+    if not labels.device == partner_labels.device == lam.device == logits.device:
+        for name, part in (("labels", labels), ("partner_labels", partner_labels), ("lam", lam)):
+            checks.same_device(f"target.{name}", part, "logits", logits)
+    if not transformed and not torch.compiler.is_compiling():  # neither has values to look at
         check_range("target.lam", lam, 0, 1, "in [0, 1]")
-    weight = _lam_of(lam, labels[..., 0]).unsqueeze(-1)
-    return torch.lerp(partner_labels.to(lam.dtype), labels.to(lam.dtype), weight)
+    weight = lam if lam.shape == labels.shape[:-1] else _lam_of(lam, labels[..., 0])
+    return torch.lerp(partner_labels.to(lam.dtype), labels.to(lam.dtype), weight.unsqueeze(-1))
 
 
 def is_learned(target: RowTarget) -> bool:

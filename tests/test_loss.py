@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import mixupe_kernels as mk
 
+from .followed import followed
+
 
 @pytest.fixture
 def target():
@@ -238,3 +240,21 @@ def test_a_learned_target_does_not_change_the_gradient_in_the_logits(backend, ac
     for penalty in ("abs", "threshold", "linear_detached"):
         fixed = gradient(labels, penalty)
         torch.testing.assert_close(gradient(labels.clone().requires_grad_(), penalty), fixed)
+
+
+@pytest.mark.parametrize("kind", ["small", "soft", "large"])
+def test_a_loss_is_few_calls_in_few_files(kind):
+    """What a reader follows from the criterion to the operator and back, whichever way it goes."""
+    rows, classes = (44, 100_000) if kind == "large" else (128, 10)  # above 16 MiB the gradient is made in the backward
+    labels = torch.randint(classes, (rows,))
+    if kind == "soft":
+        labels = F.one_hot(labels, classes).float()
+    half = rows // 2
+    target = mk.MixedTarget(labels, labels.flip(0), torch.rand(rows), half, half, torch.tensor(0.3))
+    logits = torch.randn(rows, classes, requires_grad=True)
+    criterion = mk.MixupELoss(0.1)
+    criterion(logits, target)  # η's tensor is made once
+    calls = followed(lambda: criterion(logits, target).backward())
+    # An earlier test's use_backend has left its switches in the dispatcher.
+    calls = [(file, name) for file, name in calls if file != "ops/backends.py"]
+    assert len(calls) <= 15 and len({file for file, _ in calls}) <= 5, calls

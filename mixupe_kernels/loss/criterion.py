@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .. import checks, debug, ops
 from ..conventions import accumulate_dtype, kept
-from ..ops import LossArguments
 from ..target import Parsed, as_scalar, check_multilabel, is_learned, parse, renamed
 from .composed import composed_loss
 from .options import Options
@@ -21,27 +20,6 @@ class LossParts(NamedTuple):
     mix_loss: Tensor
     reg: Tensor
     eta_hat: Tensor
-
-
-def loss_arguments(options: Options, eta: Tensor, parsed: Parsed) -> LossArguments:
-    """The loss's arguments as operators take them: the options, η, and what the target says of the rows."""
-    weight = parsed.reg_weight
-    if (
-        not (type(weight) is Tensor and weight.dtype is eta.dtype and weight.device == eta.device)
-        or weight.requires_grad
-    ):
-        weight = as_scalar("target.reg_weight", weight, eta)
-    return LossArguments(
-        eta,
-        weight,
-        parsed.num_mixed,
-        parsed.num_reg,
-        options.penalty,
-        options.threshold,
-        options.rescale,
-        options.label_smoothing,
-        options.sigmoid,
-    )
 
 
 def _check_inplace(logits: Tensor, transformed: bool) -> None:
@@ -65,12 +43,11 @@ def _loss(
     """
     if options.sigmoid:
         check_multilabel(parsed.target)
-    transformed = ops.is_transformed(logits)
     if options.inplace_backward:
-        _check_inplace(logits, transformed)
-    arguments = loss_arguments(options, eta, parsed)
+        _check_inplace(logits, parsed.transformed)
+    arguments = parsed.arguments(eta, options)
     try:
-        composed = transformed or q is not None or options.function is not None or is_learned(parsed.target)
+        composed = parsed.transformed or q is not None or options.function is not None or is_learned(parsed.target)
         if debug.ON:
             debug.ran("loss", "composed" if composed else "fused")
         if composed:
@@ -79,7 +56,7 @@ def _loss(
             loss, parts = ops.fused_loss(parsed.rows, parsed.target, arguments, options.inplace_backward)
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None
-    return loss, None if transformed else parts
+    return loss, None if parsed.transformed else parts
 
 
 def mixupe_loss(

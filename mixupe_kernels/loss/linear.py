@@ -9,7 +9,6 @@ from ..conventions import PENALTIES, accumulate_dtype
 from ..ops import LossStats, RowGradients, RowOutputs, RowStats, RowTarget, reference
 from ..target import as_scalar, check_multilabel, is_learned, parse, renamed
 from .composed import composed_loss
-from .criterion import loss_arguments
 from .options import Options
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
@@ -147,7 +146,7 @@ def linear_mixupe_loss(
     parsed = parse(like, target)
     if options.sigmoid:
         check_multilabel(parsed.target)
-    arguments = loss_arguments(options, as_scalar("eta", eta, like), parsed)
+    arguments = parsed.arguments(as_scalar("eta", eta, like), options)
     try:
         composed = ops.is_transformed(hidden) or is_learned(parsed.target)
         if debug.ON:

@@ -179,6 +179,8 @@ def _gradient_of_loss(
     rest = (logits, *target, *stats, *options)
     if is_transformed(grad):  # the operator has reverse mode only, and is linear in the upstream gradient
         return call(mixupe_loss_backward_op, torch.ones_like(stats.parts[0]), *rest) * grad
+    if not torch.is_grad_enabled():
+        return below_autograd(mixupe_loss_backward_op, grad, *rest)
     return call(mixupe_loss_backward_op, grad, *rest)
 
 
@@ -235,14 +237,12 @@ class _FusedLoss(torch.autograd.Function):
         return loss, stats.parts
 
     @staticmethod
-    def saved(ctx) -> tuple[Tensor, RowTarget, LossStats]:
-        logits, labels, partner_labels, lam, *stats = ctx.saved_tensors
-        return logits, RowTarget(labels, partner_labels, lam), LossStats(*stats)
-
-    @staticmethod
     def backward(ctx, grad, _):
-        gradient = None if grad is None else _gradient_of_loss(grad, *_FusedLoss.saved(ctx), ctx.options)
-        return gradient, None, None
+        if grad is None:
+            return None, None, None
+        logits, labels, partner_labels, lam, *stats = ctx.saved_tensors
+        target, stats = RowTarget(labels, partner_labels, lam), LossStats(*stats)
+        return _gradient_of_loss(grad, logits, target, stats, ctx.options), None, None
 
 
 class _InplaceLoss(_FusedLoss):
@@ -256,9 +256,9 @@ class _InplaceLoss(_FusedLoss):
             )
         if grad is None:
             return None, None, None
-        logits, target, stats = _FusedLoss.saved(ctx)
+        logits, *saved = ctx.saved_tensors
         gradient = logits.detach()
-        mixupe_loss_backward_out_op(grad, gradient, *target, *stats, *ctx.options, out=gradient)
+        mixupe_loss_backward_out_op(grad, gradient, *saved, *ctx.options, out=gradient)
         # Whoever else saved the logits now gets autograd's error instead of a wrong gradient.
         torch.autograd.graph.increment_version(logits)
         return gradient, None, None
