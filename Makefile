@@ -13,7 +13,7 @@ demo: $(READY)
 # Interpreted Triton must see TRITON_INTERPRET before triton is imported, so the operators' suite runs on it in processes of its own.
 test: $(READY)
 	$(BIN)/python -m pytest tests -q -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/test_triton_interpreter.py -q -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/test_triton_interpreter.py tests/test_fuzz.py -q -n 2
 
 # LEG=torch-2.10 runs that one. MIXUPE_ENVIRONMENTS is a folder for their environments that outlives this checkout.
 test-matrix: $(READY)

@@ -62,7 +62,7 @@ class Computed(NamedTuple):
     peer: Tensor | None
 
 
-def _double(value):
+def as_double(value):
     """The argument as the float64 call takes it; a dtype asked for is float64 too."""
     if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8):
         return value.double()
@@ -72,7 +72,7 @@ def _double(value):
 def truth(name, *args):
     """``torch.ops.mixupe.<name>`` of the arguments in float64, by the reference: what every backend is compared with."""
     with mk.use_backend("reference"):
-        return getattr(torch.ops.mixupe, name)(*map(_double, args))
+        return getattr(torch.ops.mixupe, name)(*map(as_double, args))
 
 
 def peer(name, *args):
@@ -103,15 +103,17 @@ def check(name, *args, **tolerances):
 
 def assert_accurate(actual, truth, peer, factor=4.0, ulps=4.0, floor=0.0):
     """|actual - truth| may be ``factor`` times the error of ``peer``, which is PyTorch in the same dtype, plus a few ulps
-    of the largest value (or of ``floor``, if that is larger); infinities and NaN must be where the truth has them."""
+    of the largest value, and of ``floor`` in the dtype of the arithmetic; infinities and NaN must be where the truth has
+    them."""
     assert actual.shape == truth.shape and actual.dtype == peer.dtype
     # In float64 the truth is itself an order of summation, no better than another: allow what sums of 21841 terms lose.
     eps = torch.finfo(actual.dtype).eps * (32 if actual.dtype == torch.float64 else 1)
+    arithmetic = min(eps, torch.finfo(torch.float32).eps)
     actual, peer, finite = actual.double(), peer.double(), truth.isfinite()
     assert torch.equal(actual.isnan(), truth.isnan()), "NaN where there should be none, or the reverse"
     assert torch.equal(actual[truth.isinf()], truth[truth.isinf()])
     if not bool(finite.any()):
         return
     error, peer_error = ((x - truth)[finite].abs().max() for x in (actual, peer))
-    bound = factor * peer_error + ulps * eps * truth[finite].abs().max().clamp(min=floor)
+    bound = factor * peer_error + ulps * (eps * truth[finite].abs().max() + arithmetic * floor)
     assert error <= bound, f"error {error:.3g}, PyTorch's own {peer_error:.3g}, bound {bound:.3g}"

@@ -1,0 +1,48 @@
+"""Every backend on random calls against the reference in float64: 2000 of them, MIXUPE_FUZZ=100000 for more.
+
+``MIXUPE_FUZZ_ONLY=17`` runs call 17 alone, as the message about a mismatch says.
+"""
+
+import os
+
+import pytest
+
+import mixupe_kernels as mk
+
+from .cases import assert_accurate
+from .conftest import INTERPRETED, ON_CPU
+from .fuzz_cases import make_call
+
+CALLS = int(os.environ.get("MIXUPE_FUZZ", 300 if INTERPRETED else 2000))
+ONLY = os.environ.get("MIXUPE_FUZZ_ONLY")
+PARTS, BATCH = 20, 100  # tests, for processes to share; calls between two switches of the backend
+
+
+def mismatches(numbers):
+    """What is wrong with the results of the calls, by any backend that this process serves."""
+    with mk.use_backend("reference"):
+        calls = [make_call(number) for number in numbers]
+        exact = [call.compute(exact=True) for call in calls]
+        kept = [index for index, call in enumerate(calls) if call.settled(exact[index])]
+        peers = {index: calls[index].compute() for index in kept}
+    found = []
+    for served in ON_CPU:
+        if served.name == "reference" or served.name not in mk.available_backends():
+            continue
+        with mk.use_backend(served.name):
+            for index in kept:
+                try:
+                    results = calls[index].compute()
+                    for result, truth, peer in zip(results, exact[index], peers[index], strict=True):
+                        assert_accurate(result, truth, peer, ulps=16, floor=calls[index].floor)
+                except Exception as error:
+                    found.append(f"{served}: call {numbers[index]}, {calls[index].description}: {error!r}"[:700])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinite logits
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_calls(part):
+    numbers = [int(ONLY)] if ONLY else list(range(part, CALLS, PARTS))
+    found = [text for start in range(0, len(numbers), BATCH) for text in mismatches(numbers[start : start + BATCH])]
+    assert not found, f"{len(found)} of {len(numbers)} calls differ:\n" + "\n".join(found[:20])
