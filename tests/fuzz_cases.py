@@ -149,13 +149,13 @@ def draw_mixupe_loss(draw) -> Call:
         if target[0].dim() == 2 and not sigmoid:
             q = q + ((target[0].double() * (1 - smoothing) + smoothing / shape[1]).sum(1) - 1) * lse
         q = q[shape[0] - counts[1] :]
-        jump = (0.0, threshold, -torch.inf)[penalty]
+        jump = {"abs": 0.0, "threshold": threshold}.get(list(PENALTIES)[penalty], torch.nan)
         near = (q - jump).abs() <= 1e-3 * (magnitude(logits) if target[0].dim() == 2 else 1)
         parts = results[1]
         left = (parts[0] + eta.double() * parts[1]).abs() >= 0.05 * parts[0].abs()
         return not bool(near.any()) and (bool(left) or not rescale or bool(parts.isnan().any()))
 
-    options = f"{counts} {PENALTIES[penalty]} {threshold} {rescale} {smoothing} sigmoid {sigmoid}"
+    options = f"{counts} {list(PENALTIES)[penalty]} {threshold} {rescale} {smoothing} sigmoid {sigmoid}"
     described = f"mixupe_loss {described} {kind} η {eta} w {reg_weight} {options}"
     # (Σy - 1)·lse is as uncertain as the logits' own rounding.
     floor = magnitude(logits) if target[0].dim() == 2 else 1.0
