@@ -6,7 +6,7 @@ Only shapes, dtypes, devices and Python numbers are looked at here: values of te
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import MappingProxyType
 
@@ -59,7 +59,7 @@ def boolean(name: str, value) -> bool:
     return value
 
 
-def choice(name: str, value, options: Sequence[str]) -> str:
+def choice(name: str, value, options: Collection[str]) -> str:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value

@@ -1,7 +1,7 @@
 """What every room agrees on: dtypes, layouts, penalties, and small constant tensors."""
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,7 +67,10 @@ _LIMIT = 128  # entries: a few for each batch size in use
 _tensors: dict[Hashable, Tensor] = {}
 
 
-def kept(cache: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def kept(cache: dict[_Key, Tensor], key: _Key, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, or what it returned for ``key`` before."""
     if torch.compiler.is_compiling():
         return make()  # the compiler folds it, or keeps it in the graph

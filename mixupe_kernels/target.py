@@ -370,14 +370,16 @@ def _check_parts(labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
 
 def _row_counts(target: MixedTarget, logits: Tensor, rows: int) -> tuple[int, int]:
     """The rows of L_mix and of R, each sample being as many rows as the logits have between N and C."""
-    counts, batch = [], logits.shape[0]
-    for name, count in (("num_mixed", target.num_mixed), ("num_reg", target.num_reg)):
+    batch = logits.shape[0]
+
+    def count_of(name: str, count: Any) -> int:
         if isinstance(count, bool) or not hasattr(count, "__index__"):
             raise TypeError(f"target.{name} must be an int, got {type(count).__name__} {count!r}")
         if not 0 <= count <= batch:
             raise ValueError(f"target.{name} must be in [0, {batch}], got {count}")
-        counts.append(count * (rows // batch) if batch else 0)
-    return tuple(counts)
+        return count * (rows // batch) if batch else 0
+
+    return count_of("num_mixed", target.num_mixed), count_of("num_reg", target.num_reg)
 
 
 def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:

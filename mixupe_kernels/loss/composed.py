@@ -31,7 +31,7 @@ def composed_loss(
         counted = torch.ones_like(q, dtype=torch.bool)
     elif penalty.detached and function is None:
         # (y - p)ᵀz with y - p constant has the value q̂, no gradient in y, and in z that of q̂ with H constant.
-        fixed = RowTarget(*(None if part is None else part.detach() for part in target))
+        fixed = target.map(Tensor.detach)
         outputs_fixed = ops.ce_entropy(rows, fixed, arguments.of_rows)
         outputs_fixed = outputs_fixed._replace(entropy=outputs_fixed.entropy.detach())
         q, counted = reference.regularized(outputs_fixed, fixed, arguments)

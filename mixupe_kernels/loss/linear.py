@@ -21,7 +21,7 @@ def _chunks(rows: int, size: int) -> list[slice]:
 
 
 def _of_chunk(target: RowTarget, chunk: slice) -> RowTarget:
-    return RowTarget(*(None if part is None else part[chunk] for part in target))
+    return target.map(lambda part: part[chunk])
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -72,19 +72,19 @@ class _LinearLoss(torch.autograd.Function):
         for chunk in _chunks(hidden.shape[0], ctx.chunk_rows):
             inputs = hidden[chunk].to(ctx.dtype)
             logits = _logits(inputs, matrix, offset, buffer)
-            grads = RowGradients(*(coefficient[chunk] for coefficient in coefficients))
+            grads = RowGradients(*(None if of_row is None else of_row[chunk] for of_row in coefficients))
             row_stats = RowStats(entropy[chunk], stats.lse[chunk])
             dz = ops.ce_entropy_backward(grads, logits, row_stats, _of_chunk(target, chunk), options.of_rows)
-            if needs_hidden:
+            if d_hidden is not None:
                 d_hidden[chunk] = dz @ matrix
-            if needs_weight:
+            if d_weight is not None:
                 d_weight += dz.t() @ inputs
-            if needs_bias:
+            if d_bias is not None:
                 d_bias += dz.sum(0, dtype=wide)
             del dz  # or it would still be held while the next chunk's is made
-        if needs_weight:
+        if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
-        if needs_bias:
+        if d_bias is not None:
             d_bias = d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
 

@@ -69,6 +69,15 @@ class RowTarget(NamedTuple):
     def dense(self) -> bool:
         return self.labels.dim() == 2
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "RowTarget":
+        """The target with ``change`` of each tensor in its place."""
+        labels, partner_labels, lam = self
+        return RowTarget(
+            change(labels),
+            None if partner_labels is None else change(partner_labels),
+            None if lam is None else change(lam),
+        )
+
     def check(self, logits: Tensor) -> None:
         """Raise for a dtype, shape or device that does not go with the logits (N, C)."""
         compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
@@ -128,7 +137,8 @@ class RowGradients(NamedTuple):
     grad_entropy: Tensor | None
     grad_lse: Tensor | None
 
-    check = _check_of_rows
+    def check(self, logits: Tensor) -> None:
+        _check_of_rows(self, logits)
 
 
 class RowStats(NamedTuple):
@@ -137,7 +147,8 @@ class RowStats(NamedTuple):
     entropy: Tensor
     lse: Tensor
 
-    check = _check_of_rows
+    def check(self, logits: Tensor) -> None:
+        _check_of_rows(self, logits)
 
 
 class LossArguments(NamedTuple):
@@ -221,6 +232,11 @@ def _fields(kind: Any) -> dict[str, Any]:
     return inspect.get_annotations(kind) if isinstance(kind, type) and issubclass(kind, tuple) else {}
 
 
+def _flat_class(name: str, names: list[str], defaults: list) -> Any:
+    """A namedtuple, whose fields are known only at run time: to a type checker it may have any."""
+    return namedtuple(name, names, defaults=defaults)  # noqa: PYI024
+
+
 class Signature:
     """An operator's arguments, read from the function that defines it.
 
@@ -244,7 +260,7 @@ class Signature:
         # A default stands only if every argument after it has one.
         required = max((i + 1 for i, (*_, default) in enumerate(flat) if default is inspect.Parameter.empty), default=0)
         names, defaults = [name for name, *_ in flat], [default for *_, default in flat[required:]]
-        self.Flat = namedtuple(self.name, names, defaults=defaults)  # noqa: PYI024 (fields known only here)
+        self.Flat = _flat_class(self.name, names, defaults)
         arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in flat]
         arguments[required:] = [f"{text}={value}" for text, value in zip(arguments[required:], defaults, strict=True)]
         if written:

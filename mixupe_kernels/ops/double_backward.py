@@ -21,7 +21,7 @@ def target_gradients(dy: Tensor, target: RowTarget, options: RowOptions) -> tupl
     smoothing = options.label_smoothing
     if target.dense:
         return (dy * (1 - smoothing)).to(target.labels.dtype), None
-    if target.partner_labels is None:
+    if target.partner_labels is None or target.lam is None:
         return None, None
 
     def of_label(labels: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _target_tangent(
     if target.dense and d_labels is not None:
         dy = d_labels.to(compute) * (1 - options.label_smoothing)
         return dy if options.class_weight is None else dy * options.class_weight.to(compute)
-    if not target.dense and d_lam is not None:
+    if not target.dense and target.partner_labels is not None and d_lam is not None:
         own, other = (dense_target(logits, RowTarget(y), options) for y in (target.labels, target.partner_labels))
         return d_lam.to(compute).unsqueeze(1) * (own - other)
     return None

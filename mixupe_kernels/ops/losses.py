@@ -84,7 +84,7 @@ def _with_rows_folded(
     function: type[torch.autograd.Function], signature: Signature, info: Any, in_dims: tuple, args: tuple
 ):
     """The vmap rule of an operator on rows: (outputs, their mapped dimensions)."""
-    args, dims = signature.Flat(*args), signature.Flat(*in_dims)
+    given, dims = signature.Flat(*args), signature.Flat(*in_dims)
     members = info.batch_size
 
     def folded(value, dim):
@@ -94,8 +94,8 @@ def _with_rows_folded(
         return value.flatten(0, 1)
 
     if dims.class_weight is not None:  # each member weights the classes in its own way
-        return each_member(function, info, dims, *args)
-    rows = args._make(map(folded, args, dims))._replace(class_weight=args.class_weight)
+        return each_member(function, info, dims, *given)
+    rows = given._make(map(folded, given, dims))._replace(class_weight=given.class_weight)
     sizes = (members, rows.logits.shape[0] // members)
     out = function.apply(*rows)
     if isinstance(out, Tensor):

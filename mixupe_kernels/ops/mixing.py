@@ -1,5 +1,7 @@
 """mix, and the two operators its gradients are made of. Per operator: schema, public function, fake, backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,11 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
     checks.dtype("x", x, checks.LOGITS_DTYPES)
     if x.dim() == 0:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
+    index = None
     if isinstance(partner, str):
         checks.choice("partner", partner, ("flip",))
-        partner = None
     else:
-        checks.tensor("partner", partner)
+        index = checks.tensor("partner", partner)
         checks.dtype("partner", partner, (torch.int64,))
         checks.same_device("partner", partner, "x", x)
         if partner.dim() == 2:
@@ -88,10 +90,10 @@ def mix(x: Tensor, partner: Tensor | str, lam: Tensor | float, *, out: Tensor | 
         checks.shape("partner", partner, x.shape[:1])
     lam = _as_lam(lam, x, x.shape[0])
     if out is None:
-        return call(mix_op, x, partner, lam)
+        return call(mix_op, x, index, lam)
     check_out(out, x.shape, x)
     checks.no_gradient("out", x=x, lam=lam, out=out)
-    call(mix_out_op, x, partner, lam, out=out)
+    call(mix_out_op, x, index, lam, out=out)
     return out
 
 
@@ -102,9 +104,9 @@ def check_out(out: Tensor, size: tuple[int, ...], x: Tensor) -> None:
     checks.same_device("out", out, "x", x)
 
 
-def _mix_many(x: Tensor, partner: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+def _mix_many(x: Tensor, partner: Tensor, lam: Tensor | float, out: Tensor | None) -> Tensor:
     checks.shape("partner", partner, (x.shape[0], partner.shape[1]))
-    checks.tensor("lam", weight)
+    weight = checks.tensor("lam", lam)
     checks.dtype("lam", weight, checks.LOGITS_DTYPES)
     checks.shape("lam", weight, partner.shape)
     checks.same_device("lam", weight, "x", x)
@@ -128,7 +130,7 @@ def _scaled(values: Tensor, scale: Tensor | None) -> Tensor:
     return values if scale is None else values * reference.per_channel(scale, values).to(values.dtype)
 
 
-def _both_rows(arguments: tuple) -> tuple[Tensor, Tensor]:
+def _both_rows(arguments: Any) -> tuple[Tensor, Tensor]:
     """(own row, partner's row) of each row of a mix."""
     own = reference.rows_of(arguments.x, arguments.rows)
     return own, reference.partner_of(arguments.x, arguments.partner, own)

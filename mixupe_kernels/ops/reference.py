@@ -53,6 +53,11 @@ def check_box(box: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
 
 
+def check_together(scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together")
+
+
 def inside_box(box: Tensor, x: Tensor) -> Tensor:
     """(H, W) bool: the pixels of ``x`` (..., H, W) within ``box``, (4,) int64 of top, bottom, left and right."""
     down, across = (torch.arange(size, device=x.device) for size in x.shape[-2:])
@@ -77,6 +82,7 @@ def mix(
     al., 2019) λ is 0 for every row: (4,) int64 of top, bottom, left and right in the last two dimensions.
     """
     check_box(box, x)
+    check_together(scale, shift)
     compute = accumulate_dtype(x.dtype)
     rows = rows_of(x, rows)
     partner = partner_of(x, partner, rows)
@@ -88,7 +94,7 @@ def mix(
         weight = torch.where(inside_box(box, x), 0.0, weight)
     own, other = x[rows].to(compute), x[partner].to(compute)
     out = torch.where(weight == 1, own, torch.where(weight == 0, other, weight * own + (1 - weight) * other))
-    if scale is not None:
+    if scale is not None and shift is not None:
         out = out * per_channel(scale.to(compute), x) + per_channel(shift.to(compute), x)
     out = out.to(dtype or x.dtype)
     return out.contiguous(memory_format=memory_format or row_format(x))
@@ -220,7 +226,7 @@ def log_softmax(z: Tensor, lse: Tensor) -> Tensor:
     return log_p - log_p.logsumexp(1, keepdim=True)
 
 
-def columns_of(grads: RowGradients, like: Tensor) -> list[Tensor]:
+def columns_of(grads: RowGradients | RowStats, like: Tensor) -> list[Tensor]:
     """Each gradient as (N, 1) of the dtype of ``like`` (N,); zeros for one of None."""
     return [(torch.zeros_like(like) if grad is None else grad.to(like.dtype)).unsqueeze(1) for grad in grads]
 
@@ -258,7 +264,7 @@ def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
     if target.dense:
         return torch.ones_like(like)
     own = target.labels != IGNORE_INDEX
-    if target.partner_labels is None:
+    if target.partner_labels is None or target.lam is None:
         return own.to(like.dtype)
     other = target.partner_labels != IGNORE_INDEX
     return torch.where(own & other, 1.0, own * target.lam + other * (1 - target.lam)).to(like.dtype)

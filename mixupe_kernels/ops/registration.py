@@ -13,7 +13,7 @@ This is the one file of the package that uses private names of torch, each with 
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,19 @@ from .arguments import Signature
 
 library = torch.library.Library("mixupe", "DEF")
 
+
+class Operator(Protocol):
+    """An overload of ``torch.ops``, whose class has no public name."""
+
+    def __call__(self, *args: Any, **written: Any) -> Any: ...
+    def name(self) -> str: ...
+
+
 _signatures: dict[str, Signature] = {}
-_functions: dict[Callable, "_Differentiable"] = {}
+_functions: dict[Operator, "_Differentiable"] = {}
 
 
-def define(function: Callable, fake: Callable) -> Callable:
+def define(function: Callable, fake: Callable) -> Operator:
     """Declare the operator that ``function`` defines, under its name; return its overload."""
     signature = Signature(function)
     library.define(signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,8 +46,8 @@ def define(function: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.mixupe, signature.name).default
 
 
-def signature_of(operator: Callable) -> Signature:
-    return _signatures[operator._schema.name.split("::")[1]]
+def signature_of(operator: Operator) -> Signature:
+    return _signatures[operator.name().split("::")[1]]
 
 
 def operators() -> list[str]:
@@ -55,7 +63,7 @@ def kernels(functions: ModuleType) -> dict[str, Callable]:
 # What a Function keeps -------------------------------------------------------------------------------------------------
 
 
-def keep(ctx: Any, values: tuple) -> None:
+def keep(ctx: Any, values: Any) -> None:
     """Save a namedtuple for the backward and for forward mode: its tensors as autograd saves them, the rest as they are."""
     tensors = [value if isinstance(value, Tensor) else None for value in values]
     ctx.save_for_backward(*tensors)
@@ -86,26 +94,26 @@ class _Differentiable(NamedTuple):
     single_level: type  # for one, within the dispatcher
 
 
-def differentiable(operator: Callable) -> Callable[[type], type]:
+def differentiable(operator: Operator) -> Callable[[type], type]:
     """Make a class of setup_context and backward the ``operator``'s Function, which has forward mode if it has a jvp.
 
     ``jvp`` takes what ``keep`` kept and the tangents. A ``vmap`` of its own does better than a loop.
     """
 
     def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        methods = {"backward": function.backward}
+        methods: dict[str, Callable] = {"backward": function.backward}
         if function.jvp is not torch.autograd.Function.jvp:
             methods["jvp"] = _in_forward_mode(function.jvp)
+        own = {**methods, "forward": lambda *args: below_autograd(operator, *args)}
         if function.vmap is torch.autograd.Function.vmap:
-            function.vmap = staticmethod(functools.partial(each_member, function))
-        function.forward = staticmethod(lambda *args: below_autograd(operator, *args))
+            own["vmap"] = functools.partial(each_member, function)
 
         def forward(ctx, *args):
             output = below_autograd(operator, *args)
             function.setup_context(ctx, args, output)
             return output
 
-        for name, method in methods.items():
+        for name, method in own.items():
             setattr(function, name, staticmethod(method))
         # Function.apply binds the arguments of a forward apart from its setup_context to the inspected signature: 29 of
         # 38 µs, which only torch.func needs.
@@ -142,16 +150,16 @@ def each_member(function: type[torch.autograd.Function], info: Any, in_dims: tup
 
 def apply_untransformed(function: type[torch.autograd.Function]) -> Callable:
     """``function.apply`` without its look for transforms of torch.func, 2 of 60 µs: for callers that have looked."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]  # torch's stubs leave it out
 
 
-def without_gradient(operator: Callable) -> Callable:
+def without_gradient(operator: Operator) -> Operator:
     """Let autograd pass ``operator`` by: its kernels give results without a gradient, whatever its arguments."""
-    library.impl(operator._schema.name.split("::")[1], torch.library.fallthrough_kernel, "Autograd")
+    library.impl(signature_of(operator).name, torch.library.fallthrough_kernel, "Autograd")
     return operator
 
 
-def call(operator: Callable, *args, **written) -> Any:
+def call(operator: Operator, *args, **written) -> Any:
     """``operator(*args)`` by its Function, with its complaints about arguments as the errors they stand for."""
     try:
         functions = _functions.get(operator)
@@ -167,7 +175,7 @@ def call(operator: Callable, *args, **written) -> Any:
 # Private names of torch --------------------------------------------------------------------------------------------------
 
 
-def below_autograd(operator: Callable, *args) -> Any:
+def below_autograd(operator: Operator, *args) -> Any:
     """The operator's kernel itself, for use inside its Function or where nothing is differentiated.
 
     Nothing public skips the Autograd key.
@@ -176,7 +184,7 @@ def below_autograd(operator: Callable, *args) -> Any:
         return operator(*args)
 
 
-def untransformed(function: type[torch.autograd.Function], operator: Callable, args: tuple) -> Any:
+def untransformed(function: type[torch.autograd.Function], operator: Operator, args: tuple) -> Any:
     """``operator(*args)`` where no transform is active: by its ``function``, or its kernel if nothing is differentiated."""
     differentiated = forward_ad._current_level >= 0
     if torch.is_grad_enabled():
@@ -230,7 +238,7 @@ def _in_forward_mode(jvp: Callable) -> Callable:
 # them: torch.compile(torch.func.grad(loss)).
 
 
-def _single_level(operator: Callable, function: type[torch.autograd.Function], methods: dict[str, Callable]) -> type:
+def _single_level(operator: Operator, function: type[torch.autograd.Function], methods: dict[str, Callable]) -> type:
     def forward(*args):
         # Both modes are for the next outer transform, and disabled while a forward runs.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -240,6 +248,6 @@ def _single_level(operator: Callable, function: type[torch.autograd.Function], m
     return _subclass(function, base, forward=forward, setup_context=function.setup_context, **methods)
 
 
-def apply_single_level(function: type, args: tuple) -> Any:
+def apply_single_level(function: Any, args: tuple) -> Any:
     with torch._functorch.utils.enable_single_level_autograd_function():
         return function.apply(*args)

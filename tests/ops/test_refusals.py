@@ -57,6 +57,14 @@ def test_out_is_refused_where_a_gradient_is_wanted(backend, name):
         torch.testing.assert_close(mix(), mk.mix(values["x"], "flip", values["lam"]))
 
 
+@pytest.mark.parametrize("alone", ["scale", "shift"])
+def test_scale_and_shift_are_given_together(backend, alone):
+    x, lam = GOOD["x"], torch.rand(4)
+    for operator, out in ((ops.mix, {}), (ops.mix_out, {"out": torch.zeros(4, 3)})):
+        with pytest.raises((ValueError, RuntimeError), match="scale and shift must be given together"):
+            operator(x, GOOD["partner"], lam, **{alone: torch.ones(3)}, **out)
+
+
 @pytest.mark.refuses
 def test_out_is_unchanged_by_bad_input(backend):
     out = torch.full((4, 3), 7.0)

@@ -5,6 +5,7 @@
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -245,7 +246,7 @@ def loss_total(
 
 def _forward(
     logits: Tensor, rows: RowTarget, options: RowOptions, loss: LossArguments | None = None
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """(CE, H, lse), or for a ``loss`` the loss, its parts, signed H and lse."""
     check_logits(logits)
     for arguments in (rows, options) if loss is None else (rows, options, loss):

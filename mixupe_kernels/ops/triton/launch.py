@@ -146,7 +146,7 @@ def launch_tiled(family: str, like: Tensor, length: int, run: Callable[[Tile], N
             if key not in _tuned:
                 tiles = neighbours(tile, looped=family in LOOPED and length > tile.block)
                 times = {other: triton.testing.do_bench(lambda other=other: run(other)) for other in tiles}
-                _tuned[key] = min(times, key=times.get)
+                _tuned[key] = min(times, key=times.__getitem__)
                 print(f"mixupe: {family} {tuple(like.shape)} {like.dtype}: {_tuned[key]}, table {tile}", flush=True)
             tile = _tuned[key]
         run(tile)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import row_format
-from ..reference import check_box
+from ..reference import check_box, check_together
 from .launch import Tile, device_of, launch_tiled
 
 
@@ -163,6 +163,7 @@ def mix_out(
     range become NaN.
     """
     check_box(box, x)
+    check_together(scale, shift)
     dense = dense_rows(out)
     if dense is not out:
         mix_out(x, partner, lam, rows, scale, shift, box, out=dense)

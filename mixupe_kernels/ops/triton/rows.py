@@ -34,7 +34,7 @@ def prepare_target(target: RowTarget, class_weight: Tensor | None) -> Target:
     """The arguments of the operators as the kernels take them, copied only where their strides demand it."""
     if target.dense:
         return Target(unit_columns(target.labels), None, None, class_weight)
-    return Target(*(None if part is None else part.contiguous() for part in target), class_weight)
+    return Target(*target.map(Tensor.contiguous), class_weight)
 
 
 # Columns. A row that does not start at a multiple of 16 bytes (C = 21841) is read as an aligned body and up to
