@@ -9,7 +9,8 @@
 from .batch import pairing, sampling
 from .batch.batch_norm import forward_mixupe, split_batch_norm
 from .batch.manifold import ManifoldMixup
-from .batch.mixup import Mixup, MixupE
+from .batch.mixup import Mixup
+from .batch.mixupe import MixupE
 from .batch.sampling import expected_a_lambda
 from .batch.schedule import LinearRamp
 from .loss.accuracy import MixedAccuracy, mixed_accuracy

@@ -113,6 +113,32 @@ def translate(error: Exception, names: Mapping[str, str] = MappingProxyType({}))
     return kind(names.get(found[1], found[1]) + found[2])
 
 
+def labels(labels: Tensor, batch: int, like: Tensor) -> None:
+    """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
+    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
+    if usual and labels.layout is torch.strided and labels.shape[0] == batch and labels.device == like.device:
+        return  # one look instead of six calls in every step
+    tensor("labels", labels)
+    strided("labels", labels)
+    if labels.dim() == 0 or labels.shape[0] != batch:
+        raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        if labels.dim() != 2:
+            raise ValueError(f"soft labels must have shape (B, C), got {tuple(labels.shape)}")
+    else:
+        dtype("labels", labels, (torch.int64,))
+    same_device("labels", labels, "x", like)
+
+
+def ids(ids: Tensor, labels: Tensor) -> None:
+    """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
+    tensor("ids", ids)
+    strided("ids", ids)
+    dtype("ids", ids, (torch.int64,))
+    shape("ids", ids, labels.shape[:1])
+    same_device("ids", ids, "labels", labels)
+
+
 def has_tangent(*values: Tensor | None) -> bool:
     """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating one of the values."""
     return any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in values)

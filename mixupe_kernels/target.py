@@ -179,32 +179,6 @@ def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
     return rows.scatter_(1, labels.unsqueeze(1), 1.0)
 
 
-def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
-    """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
-    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
-    if usual and labels.layout is torch.strided and labels.shape[0] == batch and labels.device == like.device:
-        return  # one look instead of six calls in every step
-    checks.tensor("labels", labels)
-    checks.strided("labels", labels)
-    if labels.dim() == 0 or labels.shape[0] != batch:
-        raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        if labels.dim() != 2:
-            raise ValueError(f"soft labels must have shape (B, C), got {tuple(labels.shape)}")
-    else:
-        checks.dtype("labels", labels, (torch.int64,))
-    checks.same_device("labels", labels, "x", like)
-
-
-def check_ids(ids: Tensor, labels: Tensor) -> None:
-    """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
-    checks.tensor("ids", ids)
-    checks.strided("ids", ids)
-    checks.dtype("ids", ids, (torch.int64,))
-    checks.shape("ids", ids, labels.shape[:1])
-    checks.same_device("ids", ids, "labels", labels)
-
-
 def mix_labels(
     labels: Tensor, partner: Tensor, lam: Tensor | float, num_classes: int, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -225,7 +199,7 @@ def mix_labels(
     """
     checks.tensor("labels", labels)
     checks.tensor("partner", partner)
-    check_labels(labels, labels.shape[0] if labels.dim() else 0, partner)
+    checks.labels(labels, labels.shape[0] if labels.dim() else 0, partner)
     checks.shape("partner", partner, labels.shape[:1])
     check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
     if labels.dim() == 2:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import checks, ops
-from ..target import MixedTarget, check_ids, check_labels
+from ..target import MixedTarget
 from .batch_norm import tell, telling
 from .mixup import Mixup
 from .plan import Draw
@@ -157,9 +157,9 @@ class ManifoldMixup:
         self, x: Tensor | Sequence | Mapping, labels: Tensor, *, ids: Tensor | None = None
     ) -> tuple[Any, MixedTarget]:
         checks.tensor("labels", labels)
-        check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
+        checks.labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
-            check_ids(ids, labels)
+            checks.ids(ids, labels)
         if isinstance(x, Tensor) and x.shape[:1] != labels.shape[:1]:
             raise ValueError(f"x must have {labels.shape[0]} rows, as labels have, got {tuple(x.shape)}")
         self.layer = self.layers[int(torch.randint(len(self.layers), (), generator=self.generator))]

@@ -1,7 +1,7 @@
 """The batch the model sees: mixed rows first, clean rows after them, in one tensor with one target.
 
-``MixupE`` draws λ and partners, mixes, and appends the clean rows that the regularizer is taken on; ``Mixup`` is the
-same without clean rows. Both stand where ``timm.data.Mixup`` or ``torchvision.transforms.v2.MixUp`` stand in a loop.
+``Mixup`` draws λ and partners, and mixes; ``MixupE`` (``mixupe``) appends the clean rows that the regularizer is taken
+on. Both stand where ``timm.data.Mixup`` or ``torchvision.transforms.v2.MixUp`` stand in a loop.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..conventions import accumulate_dtype, row_format
-from ..target import MixedTarget, check_ids, check_labels
+from ..target import MixedTarget
 from . import inputs, sampling
 from . import state as saved_state
 from .plan import CleanRows, Draw, Plan, one, plain_draw
@@ -238,9 +238,9 @@ class Mixup:
             image_size: height and width, which CutMix needs.
         """
         checks.tensor("labels", labels)
-        check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
+        checks.labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
-            check_ids(ids, labels)
+            checks.ids(ids, labels)
         with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(None) else nullcontext():
             return self.plan.draw(labels, ids=ids, image_size=image_size)
 
@@ -289,9 +289,9 @@ class Mixup:
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
         if x.layout is not torch.strided or x.is_nested:
             checks.strided("x", x)
-        check_labels(labels, x.shape[0], x)
+        checks.labels(labels, x.shape[0], x)
         if ids is not None:
-            check_ids(ids, labels)
+            checks.ids(ids, labels)
         arguments = inputs.UNCHANGED
         if x.dtype not in checks.LOGITS_DTYPES or not self.transform.is_identity:
             arguments = self.transform.arguments("x", x, True)
@@ -320,9 +320,9 @@ class Mixup:
         if self.plan.clean is not None and not self.plan.clean.mixed:
             others = {*entries, self.labels_key} if within else entries
             following = inputs.entries_that_follow(x, batch, self.follow, others, labels)
-        check_labels(labels, batch, next(iter(entries.values())))
+        checks.labels(labels, batch, next(iter(entries.values())))
         if ids is not None:
-            check_ids(ids, labels)
+            checks.ids(ids, labels)
         buffers = inputs.buffers(out, entries)
         prepared = {}
         for key, value in entries.items():
@@ -360,54 +360,3 @@ class Mixup:
         free = self.transform.dtype is None and dtype is not torch.uint8
         allowed = checks.LOGITS_DTYPES if free else (dtype,)
         return inputs.check_buffer(name, out, x, self.num_rows(x.shape[0]), allowed)
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
-class MixupE(Mixup):
-    """The batch of MixupE (Zou et al., UAI 2023): mixup's rows, then the clean rows its regularizer is taken on.
-
-    The model sees one batch, so BatchNorm sees both kinds of rows in it: :func:`split_batch_norm` keeps them apart. What
-    each policy costs a step that is bound by throughput, against mixup, and what it estimates:
-
-    ======================================  =============  =========================================================
-    policy                                  cost           regularizer
-    ======================================  =============  =========================================================
-    full (default, the paper's)             2.0            on every clean row of the batch
-    ``clean_fraction=ρ``                    1 + ρ          the same, on a uniform sample of ρB rows: unbiased
-    ``clean_fraction=ρ, split=True``        1.0            the same; those ρB rows are not mixed: unbiased
-    ``regularize="mixed"``                  1.0            at the mixed rows, with their mixed targets: another
-                                                           regularizer than eq. 7 (Algorithm 1 read to the letter)
-    ``interval=k``                          1 + 1/k        on every k-th batch, with k times the weight: unbiased
-    ======================================  =============  =========================================================
-
-    Args:
-        clean_fraction: ρ in (0, 1], clean rows over rows of the batch; rounded so that all rows are a multiple of 8.
-        split: take the clean rows out of the mixed ones.
-        regularize: ``"clean"`` or ``"mixed"`` rows.
-        interval: regularize every ``interval``-th batch, >= 1.
-        eta_ramp: a factor on η, >= 0, as a function of the epoch, such as ``LinearRamp(0, 1, last_epoch=5)``; it enters
-            the target's ``reg_weight``, so that the loss needs no schedule. 1 if None.
-
-    All other arguments are those of :class:`Mixup`, of the same names. With CutMix the regularizer is the same, that of
-    mixup's λ: it is taken on the clean rows.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
-    """
-
-    clean_fraction: float = 1.0
-    split: bool = False
-    regularize: str = "clean"
-    interval: int = 1
-    eta_ramp: Callable[[float], float] | None = None
-
-    def _clean_rows(self) -> CleanRows:
-        self._clean = CleanRows(self)
-        return self._clean
-
-    def num_clean(self, batch: int) -> int:
-        """Clean rows for a batch of ``batch`` samples: about ρB, so that all rows are a multiple of 8 if they can be."""
-        return self._clean.num_clean(checks.integer("batch", batch, 0))
-
-    def num_rows(self, batch: int) -> int:
-        return self._clean.num_rows(checks.integer("batch", batch, 0))

@@ -18,7 +18,8 @@ from .randomness import Source, Stream
 from .schedule import LinearRamp
 
 if TYPE_CHECKING:
-    from .mixup import Mixup, MixupE
+    from .mixup import Mixup
+    from .mixupe import MixupE
 
 
 class Draw(NamedTuple):
