@@ -7,8 +7,6 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,262 +15,49 @@ from torch import Tensor, nn
 
 import mixupe_kernels as mk
 
-N, C = 4, 3
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-# Kinds of arguments. Each value is made of the good one.
-
-
-def changed(index, number):
-    def change(value):
-        value = value.clone()
-        value.view(-1)[index] = number
-        return value
-
-    return change
-
-
-NO_TENSOR = {
-    "None": lambda v: None,
-    "str": lambda v: "x",
-    "list": lambda v: v.tolist(),
-    "numpy": lambda v: v.detach().numpy(),
-    "number": lambda v: 1.5,
-}
-LAYOUTS = {
-    "complex": lambda v: v.to(torch.complex64),
-    "bool": lambda v: v.bool(),
-    "sparse": lambda v: v.to_sparse(),
-    "nested": lambda v: torch.nested.nested_tensor(list(v)),
-    "meta": lambda v: v.to("meta"),
-}
-FLOATS = {**NO_TENSOR, **LAYOUTS, "int": lambda v: v.long(), "0-d": lambda v: v.new_zeros(())}
-INTEGERS = {
-    **NO_TENSOR,
-    **LAYOUTS,
-    "int32": lambda v: v.int(),
-    "one more": lambda v: torch.cat([v, v[:1]]),
-    "one less": lambda v: v[:-1],
-    "0-d": lambda v: v[0],
-    "negative": changed(1, -1),
-    "too large": changed(1, 1000),
-}
-SOFT = {
-    **NO_TENSOR,
-    **LAYOUTS,
-    "one more": lambda v: torch.cat([v, v[:1]]),
-    "another C": lambda v: v[:, 1:],
-    "3-d": lambda v: v.unsqueeze(1),
-}
-LAMBDA_VALUES = {"below 0": changed(1, -0.1), "above 1": changed(1, 1.1), "NaN": changed(1, float("nan"))}
-LAMBDA = {
-    **NO_TENSOR,
-    **LAYOUTS,
-    "one more": lambda v: torch.cat([v, v[:1]]),
-    "2-d": lambda v: v.unsqueeze(0),
-    "int": lambda v: v.long(),
-    **LAMBDA_VALUES,
-}
-NUMBER = {
-    "None": lambda v: None,
-    "str": lambda v: "1",
-    "bool": lambda v: True,
-    "list": lambda v: [v],
-    "complex": lambda v: 1j,
-    "NaN": lambda v: float("nan"),
-}
-NON_NEGATIVE = {**NUMBER, "negative": lambda v: -0.1, "infinite": lambda v: float("inf")}
-POSITIVE = {**NON_NEGATIVE, "zero": lambda v: 0.0}
-FRACTION = {**NUMBER, "negative": lambda v: -0.1, "above 1": lambda v: 1.1}
-COUNT = {**NUMBER, "zero": lambda v: 0, "negative": lambda v: -1, "fraction": lambda v: 1.5}
-FLAG = {"None": lambda v: None, "str": lambda v: "no", "int": lambda v: 1, "tensor": lambda v: torch.tensor(True)}
-CHOICE = {"None": lambda v: None, "str": lambda v: "another", "int": lambda v: 1, "list": lambda v: [v]}
-CALLABLE = {"None": lambda v: None, "str": lambda v: "x", "int": lambda v: 1}
-GENERATOR = {"str": lambda v: "x", "int": lambda v: 0}
-
-
-def without(kind, *names):
-    return {name: make for name, make in kind.items() if name not in names}
-
-
-def optional(kind):
-    return without(kind, "None")
-
-
-ETA = {  # a number >= 0, or a 0-d tensor
-    **without(NON_NEGATIVE),
-    "vector": lambda v: torch.ones(2),
-    "complex tensor": lambda v: torch.tensor(1j),
-    "meta": lambda v: torch.tensor(0.1, device="meta"),
-}
-TARGET = {  # a MixedTarget, classes (N,), soft labels (N, C)
-    **without(INTEGERS, "list", "numpy", "number"),
-    "list": lambda v: v.tolist(),
-    "numpy": lambda v: v.numpy(),
-    "number": lambda v: 1,
-    "empty tuple": lambda v: (),
-    "short tuple": lambda v: (v, v),
-    "long tuple": lambda v: (v, v, torch.ones(N), N, 0, 0.0, 1),
-    "tuple of None": lambda v: (None, v, torch.ones(N)),
-    "soft of another C": lambda v: rand(N, C + 1),
-    "soft complex": lambda v: rand(N, C).to(torch.complex64),
-}
-MIXED_TARGET = {
-    "None": lambda v: None,
-    "tensor": lambda v: v.labels,
-    "tuple": tuple,
-    "short tuple": lambda v: (v.labels, v.partner_labels, v.lam),
-}
-
-
-class Call(NamedTuple):
-    """A call that works, and what must be refused for each argument."""
-
-    name: str
-    function: Callable[..., Any]
-    good: Callable[[], dict[str, Any]]
-    kinds: dict[str, dict[str, Callable[[Any], Any]]]
-    says: dict[str, str] = {}  # what a message may call the argument instead, as a pattern
-    owner: Callable[[], Any] | None = None  # makes what the call is a method of; ``function`` takes it first
-
-    def start(self) -> tuple[Callable[..., Any], Any]:
-        if self.owner is None:
-            return self.function, None
-        owner = self.owner()
-        return functools.partial(self.function, owner), owner
-
-
-def rand(*size):
-    return torch.linspace(0.1, 0.9, max(1, torch.Size(size).numel())).view(size)
-
-
-def logits():
-    return rand(N, C)
-
-
-def labels():
-    return torch.tensor([0, 2, 1, 2])
-
-
-def lam():
-    return torch.tensor([0.25, 0.5, 0.75, 1.0])
-
-
-def soft():
-    return rand(N, C)
-
-
-def mixed_target(**changes):
-    return mk.MixedTarget(labels(), labels().flip(0), lam(), N, N, 0.25)._replace(**changes)
-
-
-def images():
-    return rand(N, 3, 4, 4)
-
-
-def linear_arguments():
-    return {"hidden": rand(N, 5), "weight": rand(C, 5), "target": labels(), "bias": rand(C), "chunk_rows": 2}
-
-
-def model():
-    return nn.Sequential(nn.Flatten(), nn.Linear(5, C))
-
-
-LOSS_OPTIONS = {
-    "eta": ETA,
-    "penalty": CHOICE,
-    "rescale": FLAG,
-    "threshold": NUMBER,
-    "label_smoothing": FRACTION,
-    "activation": CHOICE,
-}
-
-
-def loss_options():
-    return {
-        "eta": 0.1,
-        "penalty": "abs",
-        "rescale": True,
-        "threshold": 1.0,
-        "label_smoothing": 0.0,
-        "activation": "softmax",
-    }
-
-
-MIXER = {
-    "alpha": without(NON_NEGATIVE, "infinite"),
-    "beta": optional(POSITIVE),
-    "per_sample": FLAG,
-    "pairing": CHOICE,
-    "prob": FRACTION,
-    "lam_distribution": {"str": lambda v: "x", "number": lambda v: 0.5},
-    "num_samples": {**COUNT, "one": lambda v: 1},
-    "num_classes": optional(COUNT),
-    "cutmix_alpha": optional(POSITIVE),
-    "switch_prob": FRACTION,
-    "mean": {"number": lambda v: 0.5, "str": lambda v: "0.5", "alone": lambda v: (0.5, 0.5), "empty": lambda v: ()},
-    "std": {"alone": lambda v: (0.5, 0.5)},
-    "dtype": {"str": lambda v: "float32", "int": lambda v: torch.int64, "complex": lambda v: torch.complex64},
-    "memory_format": {"str": lambda v: "channels_last", "preserve": lambda v: torch.preserve_format},
-    "inplace": FLAG,
-    "keys": {"str": lambda v: "image", "number": lambda v: 1},
-    "follow": {"str": lambda v: "ids", "number": lambda v: 1},
-    "warmup_epochs": NON_NEGATIVE,
-    "off_epoch": optional(NON_NEGATIVE),
-    "generator": GENERATOR,
-}
-MIXER_DEFAULTS = {
-    "alpha": 1.0,
-    "beta": None,
-    "per_sample": False,
-    "pairing": "random",
-    "prob": 1.0,
-    "lam_distribution": None,
-    "num_samples": 2,
-    "num_classes": None,
-    "cutmix_alpha": None,
-    "switch_prob": 0.5,
-    "mean": None,
-    "std": None,
-    "dtype": None,
-    "memory_format": None,
-    "inplace": False,
-    "keys": None,
-    "follow": None,
-    "warmup_epochs": 0,
-    "off_epoch": None,
-    "generator": None,
-}
-MIXER_SAYS = {"beta": "beta", "num_samples": "num_samples|num_classes"}
-BATCH = {
-    "x": {
-        **without(FLOATS, "list", "int"),
-        "list of numbers": lambda v: [1.0, 2.0],
-        "one less": lambda v: v[1:],
-        "empty dict": lambda v: {},
-    },
-    "labels": {
-        **without(INTEGERS, "negative", "too large"),
-        "soft complex": lambda v: rand(N, C).to(torch.complex64),
-        "soft 3-d": lambda v: rand(N, C, 2),
-    },
-    "ids": {**optional(INTEGERS)},
-    "out": {
-        **optional(FLOATS),
-        "too short": lambda v: v[:-1],
-        "another shape": lambda v: v[..., 1:],
-        "requires grad": lambda v: v.clone().requires_grad_(),
-        "too many dimensions": lambda v: v.unsqueeze(0),
-    },
-}
-
-
-def run(owner, **arguments):
-    return owner(**arguments)
+from .bad_values import (
+    BATCH,
+    CALLABLE,
+    CHOICE,
+    COUNT,
+    ETA,
+    FLAG,
+    FLOATS,
+    FRACTION,
+    GENERATOR,
+    INTEGERS,
+    LAMBDA,
+    LOSS_OPTIONS,
+    MIXED_TARGET,
+    MIXER,
+    MIXER_DEFAULTS,
+    MIXER_SAYS,
+    NO_TENSOR,
+    NON_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    SOFT,
+    TARGET,
+    C,
+    Call,
+    N,
+    images,
+    labels,
+    lam,
+    linear_arguments,
+    logits,
+    loss_options,
+    mixed_target,
+    model,
+    nonsense,
+    optional,
+    rand,
+    run,
+    seeded,
+    soft,
+    without,
+)
+from .test_bad_parts import CUSTOM
 
 
 def mixers():
@@ -288,76 +73,6 @@ def mixers():
         # ids say nothing to these pairings but are checked all the same.
         kinds = {**BATCH, "ids": without(BATCH["ids"], "negative", "too large")}
         yield Call(f"{name}()", run, good, kinds, {"x": "x|labels"}, make)
-
-
-def nonsense(result):
-    return lambda *args, **kwargs: result
-
-
-def custom_pairings():
-    for name, result in {
-        "None": None,
-        "number": 1,
-        "list": [0, 1, 2, 3],
-        "float": torch.zeros(N),
-        "int32": torch.zeros(N, dtype=torch.int32),
-        "bool": torch.zeros(N, dtype=torch.bool),
-        "too long": torch.zeros(N + 1, dtype=torch.int64),
-        "2-d": torch.zeros(N, 1, dtype=torch.int64),
-        "negative": torch.full((N,), -1),
-        "too large": torch.full((N,), N),
-        "meta": torch.zeros(N, dtype=torch.int64, device="meta"),
-    }.items():
-        yield (
-            f"pairing returns {name}",
-            "pairing|partner",
-            lambda result=result: mk.Mixup(pairing=nonsense(result))(images(), labels()),
-        )
-
-
-def custom_laws():
-    for name, result in {
-        "None": None,
-        "number": 0.5,
-        "int": torch.ones(N, dtype=torch.int64),
-        "complex": torch.ones(N, dtype=torch.complex64),
-        "too long": torch.full((N + 1,), 0.5),
-        "below 0": torch.full((N,), -0.5),
-        "above 1": torch.full((N,), 1.5),
-        "NaN": torch.full((N,), float("nan")),
-        "meta": torch.ones(N, device="meta"),
-    }.items():
-        law = mk.sampling.Custom(nonsense(result), expected_a_lambda=0.3)
-        yield (
-            f"law returns {name}",
-            "lam|function|distribution",
-            lambda law=law: mk.Mixup(lam_distribution=law, per_sample=True)(images(), labels()),
-        )
-
-
-def custom_parts():
-    yield from custom_pairings()
-    yield from custom_laws()
-    for name, result in {"None": None, "number": 1.0, "str": "x", "too long": torch.ones(N + 1), "2-d": torch.ones(N, 1),
-                         "int": torch.ones(N, dtype=torch.int64), "complex": torch.ones(N, dtype=torch.complex64),
-                         "meta": torch.ones(N, device="meta")}.items():  # fmt: skip
-        yield (
-            f"penalty returns {name}",
-            "penalty",
-            lambda result=result: mk.mixupe_loss(logits(), mixed_target(), eta=0.1, penalty=nonsense(result)),
-        )
-    for name, result in {"None": None, "str": "x", "negative": -1.0, "NaN": float("nan")}.items():
-        yield f"eta_ramp returns {name}", "eta_ramp", lambda result=result: mk.MixupE(eta_ramp=nonsense(result))
-    for name, result in {"None": None, "list": [1], "3-d": rand(N, C, 1), "fewer rows": rand(1, C)}.items():
-        yield (
-            f"model of exact_q returns {name}",
-            "model",
-            lambda result=result: mk.exact_q(nonsense(result), rand(N, 5), labels(), torch.zeros(5)),
-        )
-    for name, q in {"None": "q", "list": [0.0] * N, "too long": torch.ones(N + 1), "2-d": torch.ones(N, 1),
-                    "int": torch.ones(N, dtype=torch.int64), "complex": torch.ones(N, dtype=torch.complex64),
-                    "meta": torch.ones(N, device="meta"), "bool": torch.ones(N, dtype=torch.bool)}.items():  # fmt: skip
-        yield f"q is {name}", r"\bq\b", lambda q=q: mk.MixupELoss(eta=0.1)(logits(), mixed_target(), q=q)
 
 
 def tables_of_targets(name, function, good):
@@ -573,15 +288,6 @@ def test_a_bad_argument_is_refused(call, name, kind):
         f"must name {says}: {message}"
     )
     assert same(snapshot(arguments.values(), owner), before), "a refused call changed something"
-
-
-CUSTOM = list(custom_parts())
-
-
-@pytest.mark.parametrize(("says", "call"), [row[1:] for row in CUSTOM], ids=[row[0] for row in CUSTOM])
-def test_nonsense_of_a_custom_part_is_refused(says, call):
-    with pytest.raises((TypeError, ValueError), match=says):
-        call()
 
 
 def test_the_table_covers_the_public_names():
