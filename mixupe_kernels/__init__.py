@@ -8,6 +8,7 @@
 
 from .batch import pairing, sampling
 from .batch.batch_norm import forward_mixupe, split_batch_norm
+from .batch.labels import mix_labels
 from .batch.manifold import ManifoldMixup
 from .batch.mixup import Mixup
 from .batch.mixupe import MixupE
@@ -20,7 +21,7 @@ from .loss.linear import linear_mixupe_loss
 from .loss.terms import bce_entropy, ce_entropy, q_hat
 from .ops import mix
 from .ops.backends import available_backends, use_backend
-from .target import MixedTarget, mix_labels
+from .target import MixedTarget
 
 batch_mean = input_mean  # the name until 0.1
 

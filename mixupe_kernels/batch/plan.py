@@ -10,9 +10,10 @@ from torch.utils.data import get_worker_info
 
 from .. import checks, ops
 from ..conventions import constant, sequence
-from ..target import MixedTarget, one_hot
+from ..target import MixedTarget
 from . import cutmix, sampling
 from . import pairing as pairings
+from .labels import one_hot
 from .progress import Progress
 from .randomness import Source, Stream
 from .schedule import LinearRamp

@@ -216,6 +216,21 @@ class LossBackwardOptions(NamedTuple):
         _check_smoothing(self.label_smoothing)
 
 
+def check_box(box: Tensor | None, x: Tensor) -> None:
+    if box is None:
+        return
+    checks.dtype("box", box, (torch.int64,))
+    checks.shape("box", box, (4,))
+    checks.same_device("box", box, "x", x)
+    if x.dim() < 3:
+        raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
+
+
+def check_together(scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together")
+
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

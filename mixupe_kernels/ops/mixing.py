@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import checks
 from ..conventions import accumulate_dtype, row_format
 from . import reference
+from .arguments import check_box
 from .registration import call, define, differentiable, keep, kept, signature_of
 
 
@@ -24,7 +25,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
 
 
 def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None, box=None):
-    reference.check_box(box, x)
+    check_box(box, x)
     size = x.shape if rows is None else (rows.shape[0], *x.shape[1:])
     memory_format = memory_format or row_format(x)
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range, penalty_of, row_format
 from .arguments import (
     LossArguments,
@@ -23,7 +22,9 @@ from .arguments import (
     RowOutputs,
     RowStats,
     RowTarget,
+    check_box,
     check_logits,
+    check_together,
     check_upstream,
 )
 
@@ -41,21 +42,6 @@ def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
 def partner_of(x: Tensor, partner: Tensor | None, rows: Tensor) -> Tensor:
     """``partner`` None is the flip pairing: row i with row B - 1 - i."""
     return x.shape[0] - 1 - rows if partner is None else partner
-
-
-def check_box(box: Tensor | None, x: Tensor) -> None:
-    if box is None:
-        return
-    checks.dtype("box", box, (torch.int64,))
-    checks.shape("box", box, (4,))
-    checks.same_device("box", box, "x", x)
-    if x.dim() < 3:
-        raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
-
-
-def check_together(scale: Tensor | None, shift: Tensor | None) -> None:
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift must be given together")
 
 
 def inside_box(box: Tensor, x: Tensor) -> Tensor:

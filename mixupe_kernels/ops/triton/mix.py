@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import row_format
-from ..reference import check_box, check_together
+from ..arguments import check_box, check_together
 from .launch import Tile, device_of, launch_tiled
 
 
