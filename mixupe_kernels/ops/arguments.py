@@ -42,7 +42,8 @@ def _check_of_rows(values: NamedTuple, logits: Tensor) -> None:
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    checks.fraction("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:  # a number, or the compiler's symbol of one
+        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing}")
 
 
 def _check_penalty(penalty: int) -> None:
