@@ -134,7 +134,7 @@ std::vector<uint16_t> bfloat16_gradient(bool halves, const std::vector<uint16_t>
   } else {
     for (int64_t i = 0; i < n; ++i) {
       const float y = (i == l.own ? l.own_weight : 0) + (i == l.partner ? l.partner_weight : 0);
-      z[i] = narrow<BFloat16>(softmax_gradient(widen(z[i]), g.lse, g.level, g.slope) - g.ce * y);
+      z[i] = narrow<BFloat16>(softmax_gradient(widen(z[i]), g.shift, g.level, g.slope) - g.ce * y);
     }
   }
   std::vector<uint16_t> gradient(n);

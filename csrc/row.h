@@ -147,6 +147,26 @@ MIXUPE_FN T probability_gradient(T p, T log_p, T level, T slope) {
   return p * (level - slope * clamp_exponent(log_p));
 }
 
+// A row's softmax gradient: dz = p (level - slope·log p) - ce·y with p = e^{z - shift} and log p = z - shift. `shift` is lse, or
+// the maximum with the rest of lse put into level and slope.
+template <typename T>
+struct SoftmaxGradient {
+  T shift, level, slope, ce;
+};
+
+// Rounded, lse is off by two units of p's last place at this size, and by more beyond it.
+template <typename T>
+MIXUPE_FN bool lse_lost_digits(T lse) {
+  return std::fabs(lse) > T(8);
+}
+
+// The gradient from a row's sums, which no shift of all logits rounds: p = e^{z-m} / sum, log p = (z - m) - log sum.
+template <typename T, typename Sum>
+MIXUPE_FN SoftmaxGradient<T> gradient_of_sums(Stats<Sum> s, Sum log_total, T level, RowGradient<T> g) {
+  const Sum slope = g.entropy / s.sum;
+  return {T(finite_shift(s.max)), T(level / s.sum + slope * log_total), T(slope), g.ce};
+}
+
 template <typename T>
 MIXUPE_FN T softmax_gradient(T z, T lse, T level, T slope) {
   return probability_gradient(exp_fast(z - lse), z - lse, level, slope);

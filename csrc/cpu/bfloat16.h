@@ -97,15 +97,14 @@ MIXUPE_FN void gradient_in_halves(const BFloat16* z, int64_t classes, const Labe
                                   const SoftmaxGradient<float>& gradient, BFloat16* out) {
   constexpr int64_t most = 4 * lanes;
   alignas(64) float dz[2 * most];
-  const SoftmaxGradient<float> g{short_nan(gradient.lse), short_nan(gradient.level), short_nan(gradient.slope),
-                                 gradient.ce};
+  const SoftmaxGradient<float> g = short_nans(gradient);
   const auto step = [&](auto count, const BFloat16* from, int64_t start) __attribute__((always_inline)) {
     constexpr int words = count.value;
 #pragma omp simd
     for (int i = 0; i < words; ++i) {
       const uint32_t word = word_of(from, i);
-      dz[i] = softmax_gradient(first_of(word), g.lse, g.level, g.slope);
-      dz[words + i] = softmax_gradient(second_of(word), g.lse, g.level, g.slope);
+      dz[i] = softmax_gradient(first_of(word), g.shift, g.level, g.slope);
+      dz[words + i] = softmax_gradient(second_of(word), g.shift, g.level, g.slope);
     }
     Round::words(dz, reinterpret_cast<const BFloat16*>(dz + words), words, 1.f, out + start);
     // The labels' columns once more: to change dz itself made the rounding wait for the stores.
@@ -187,7 +186,7 @@ MIXUPE_SIMD void keep_second_gradients(const float* e, const float* z, int words
   const int end = static_cast<int>(padded(words));
 #pragma omp simd
   for (int i = 0; i < end; ++i)
-    if (i < words) set_word(out, i, bits_of(probability_gradient(e[i], z[i] - g.lse, g.level, g.slope)));
+    if (i < words) set_word(out, i, bits_of(probability_gradient(e[i], z[i] - g.shift, g.level, g.slope)));
 }
 
 // The firsts of a block before all its seconds (see InOrder). Kept numbers are the firsts; the seconds wait in the places of

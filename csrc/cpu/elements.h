@@ -53,6 +53,11 @@ MIXUPE_FN T short_nan(T value) {
   return value != value ? T(NAN) : value;
 }
 
+template <typename T>
+MIXUPE_FN SoftmaxGradient<T> short_nans(const SoftmaxGradient<T>& g) {
+  return {short_nan(g.shift), short_nan(g.level), short_nan(g.slope), g.ce};
+}
+
 template <typename Out, typename T>
 MIXUPE_FN Out narrow(T value) {
   if constexpr (std::is_same_v<Out, uint8_t>) {

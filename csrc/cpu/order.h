@@ -5,12 +5,6 @@
 namespace mixupe {
 namespace {
 
-// A row's softmax gradient: dz = p (level - slope·log p) - ce·y, log p = z - lse.
-template <typename T>
-struct SoftmaxGradient {
-  T lse, level, slope, ce;
-};
-
 // `out` may be `values`.
 template <typename L, typename T>
 MIXUPE_SIMD void scale_values(const T* values, int64_t n, T factor, L* out) {
@@ -18,14 +12,14 @@ MIXUPE_SIMD void scale_values(const T* values, int64_t n, T factor, L* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(values[i] * factor);
 }
 
-// softmax_gradient, but for the labels, with e^{z-m} for p: level and slope are divided by their sum.
+// softmax_gradient, but for the labels, of exponentials that are known.
 template <typename T>
 MIXUPE_SIMD void keep_gradient(const T* e, const T* z, int length, const SoftmaxGradient<T>& gradient, T* kept) {
   const SoftmaxGradient<T> g = gradient;
   const int end = static_cast<int>(padded(length));
 #pragma omp simd
   for (int i = 0; i < end; ++i)
-    if (i < length) kept[i] = probability_gradient(e[i], z[i] - g.lse, g.level, g.slope);
+    if (i < length) kept[i] = probability_gradient(e[i], z[i] - g.shift, g.level, g.slope);
 }
 
 // In their own order: what every dtype may take, and what another order is tested against.

@@ -39,16 +39,16 @@ MIXUPE_SIMD Stats<T> softmax_sums_block(const L* z, int64_t n, T* block) {
   return softmax_sums(Order<L>::load(z, n, block), Order<L>::span(n), block);
 }
 
-// The targets of a block of columns, padded with 0; returns Σy.
+// The targets of a block of columns but for its labels, padded with 0.
 template <typename T>
-MIXUPE_SIMD T target_block(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t start, int64_t n, T* y) {
+MIXUPE_SIMD void spread_block(const Targets<T>& t, T uniform, int64_t row, int64_t start, int64_t n, T* y) {
   if (t.dense) {
     const T* dense = t.dense + row * t.dense_stride + start;
-    const T kept = T(1) - t.label_smoothing, uniform = t.label_smoothing / T(t.classes);
+    const T kept = T(1) - t.label_smoothing, smoothed = t.label_smoothing / T(t.classes);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = dense[i] * kept + uniform;
+    for (int64_t i = 0; i < n; ++i) y[i] = dense[i] * kept + smoothed;
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = l.uniform;
+    for (int64_t i = 0; i < n; ++i) y[i] = uniform;
   }
   if (t.class_weight) {
     const T* weight = t.class_weight + start;
@@ -56,58 +56,91 @@ MIXUPE_SIMD T target_block(const Targets<T>& t, const Labels<T>& l, int64_t row,
     for (int64_t i = 0; i < n; ++i) y[i] *= weight[i];
   }
   for (int64_t i = n; i < padded(n); ++i) y[i] = T(0);
-  if (!t.dense && l.own >= start && l.own < start + n) y[l.own - start] += l.own_weight;
-  if (!t.dense && l.partner >= start && l.partner < start + n) y[l.partner - start] += l.partner_weight;
-  T mass = 0;
-#pragma omp simd reduction(+ : mass)
-  for (int64_t i = 0; i < padded(n); ++i) mass += y[i];
+}
+
+// The same with its labels.
+template <typename T>
+void target_block(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t start, int64_t n, T* y) {
+  spread_block(t, l.uniform, row, start, n, y);
+  if (t.dense) return;
+  if (l.own >= start && l.own < start + n) y[l.own - start] += l.own_weight;
+  if (l.partner >= start && l.partner < start + n) y[l.partner - start] += l.partner_weight;
+}
+
+// Sums of targets are made in the accumulation dtype over so many columns and joined in float64: over a whole block of 2048,
+// rounding took more of many small shares than PyTorch's sums do.
+constexpr int64_t short_sum = 256;
+
+MIXUPE_FN int64_t short_sum_end(int64_t n, int64_t start) {
+  return padded(n) - start < short_sum ? padded(n) : start + short_sum;
+}
+
+// Σ y
+template <typename T>
+MIXUPE_SIMD double target_sum(const T* y, int64_t n) {
+  double mass = 0;
+  for (int64_t start = 0; start < n; start += short_sum) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < short_sum_end(n, start); ++i) sum += y[i];
+    mass += sum;
+  }
   return mass;
 }
 
 // Σ y (z - shift)
 template <typename T>
-MIXUPE_SIMD T target_dot(const T* z, const T* y, int64_t n, T shift) {
-  T dot = 0;
-#pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < padded(n); ++i) dot += weigh(y[i], z[i] - shift);
+MIXUPE_SIMD double target_dot(const T* z, const T* y, int64_t n, T shift) {
+  double dot = 0;
+  for (int64_t start = 0; start < n; start += short_sum) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < short_sum_end(n, start); ++i) sum += weigh(y[i], z[i] - shift);
+    dot += sum;
+  }
   return dot;
 }
 
-template <typename T>
 struct SigmoidSums {
-  T ce, entropy, softplus;
+  double ce, entropy, softplus;
 };
 
 template <typename L, typename T>
-MIXUPE_SIMD SigmoidSums<T> sigmoid_block(const L* z, const T* y, int64_t n, T* block) {
+MIXUPE_SIMD SigmoidSums sigmoid_block(const L* z, const T* y, int64_t n, T* block) {
   load_logits(z, n, block);
-  T ce = 0, entropy = 0, softplus = 0;
+  SigmoidSums sums{};
+  for (int64_t start = 0; start < n; start += short_sum) {
+    T ce = 0, entropy = 0, softplus = 0;
 #pragma omp simd reduction(+ : ce, entropy, softplus)
-  for (int64_t i = 0; i < padded(n); ++i) {
-    T own_softplus = 0, own_entropy = 0;
-    add_sigmoid_logit(block[i], own_softplus, own_entropy);
-    entropy += own_entropy;
-    softplus += own_softplus;
-    ce += own_softplus - weigh(y[i], block[i]);
+    for (int64_t i = start; i < short_sum_end(n, start); ++i) {
+      T own_softplus = 0, own_entropy = 0;
+      add_sigmoid_logit(block[i], own_softplus, own_entropy);
+      entropy += own_entropy;
+      softplus += own_softplus;
+      ce += own_softplus - weigh(y[i], block[i]);
+    }
+    sums.ce += ce, sums.entropy += entropy, sums.softplus += softplus;
   }
-  return {ce, entropy, softplus};
+  return sums;
 }
 
 template <typename L, typename T>
-MIXUPE_SIMD void softmax_gradient_block(const L* z, int64_t n, T lse, T level, T slope, T* block) {
+MIXUPE_SIMD void softmax_gradient_block(const L* z, int64_t n, const SoftmaxGradient<T>& gradient, T* block) {
   load_logits(z, n, block);
+  const SoftmaxGradient<T> g = gradient;
 #pragma omp simd
-  for (int64_t i = 0; i < padded(n); ++i) block[i] = softmax_gradient(block[i], lse, level, slope);
+  for (int64_t i = 0; i < padded(n); ++i) block[i] = softmax_gradient(block[i], g.shift, g.level, g.slope);
 }
 
 // The same where logits and gradient have the accumulation dtype: straight from one to the other, which may be the same
 // memory. Lanes past n are masked; a remainder loop would take their exponentials one by one.
 template <typename T>
-MIXUPE_SIMD void softmax_gradient_direct(const T* z, int n, T lse, T level, T slope, T* out) {
+MIXUPE_SIMD void softmax_gradient_direct(const T* z, int n, const SoftmaxGradient<T>& gradient, T* out) {
+  const SoftmaxGradient<T> g = gradient;
   const int end = static_cast<int>(padded(n));
 #pragma omp simd
   for (int i = 0; i < end; ++i)
-    if (i < n) out[i] = softmax_gradient(z[i], lse, level, slope);
+    if (i < n) out[i] = softmax_gradient(z[i], g.shift, g.level, g.slope);
 }
 
 template <typename T>
@@ -129,38 +162,57 @@ MIXUPE_SIMD void write_block(const T* block, int64_t n, L* out) {
   store_block(block, n, out);
 }
 
-// A row of labels. Its few numbers are float64, so that merging blocks costs no digits; CE is of shifted logits, since
-// lse - z_y would lose the digits of a shift that all logits share.
+// The labels' part of CE, of shifted logits: lse - z_y would lose the digits of a shift that all logits share.
 template <typename L, typename T>
-MIXUPE_FN RowLoss<T> label_loss(const L* z, const Labels<T>& l, const Stats<double>& stats) {
-  const double log_total = log_sum(stats);
-  const double ce = weigh<double>(l.own_weight, log_total - (widen(z[l.own]) - stats.max)) +
-                    weigh<double>(l.partner_weight, log_total - (widen(z[l.partner]) - stats.max));
-  return {T(ce), T(entropy(stats, log_total)), T(stats.max + log_total), T(0)};
+MIXUPE_FN double label_ce(const L* z, const Labels<T>& l, double max, double log_total) {
+  return weigh<double>(l.own_weight, log_total - (widen(z[l.own]) - max)) +
+         weigh<double>(l.partner_weight, log_total - (widen(z[l.partner]) - max));
+}
+
+template <typename T>
+MIXUPE_FN RowLoss<T> row_loss(double ce, const Stats<double>& stats, double log_total, double mass) {
+  return {T(ce), T(entropy(stats, log_total)), T(stats.max + log_total), T(mass)};
+}
+
+// The row's sums. They are float64, so that merging blocks costs no digits; `f` is called with each block's part and with
+// what the row's sums were before it and are with it.
+template <typename L, typename T, typename F>
+MIXUPE_FN Stats<double> each_block_sums(const L* z, int64_t classes, bool in_order, T* block, const F& f) {
+  Stats<double> stats = empty_stats<double>();
+  for (int64_t start = 0; start < classes; start += block_size) {
+    const int64_t n = block_length(classes, start);
+    const Stats<T> narrow_part =
+        in_order ? softmax_block(z + start, n, block) : softmax_sums_block(z + start, n, block);
+    const Stats<double> part{narrow_part.max, narrow_part.sum, narrow_part.weighted};
+    const Stats<double> joint = start == 0 ? part : merge(stats, part);
+    f(start, n, narrow_part.max, stats, joint);
+    stats = joint;
+  }
+  return stats;
+}
+
+template <typename L, typename T>
+MIXUPE_FN Stats<double> row_sums(const L* z, int64_t classes, T* block) {
+  return each_block_sums(z, classes, false, block, [](auto&&...) {});
 }
 
 template <typename L, typename T>
 RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row, Block<T>& block) {
+  double mass = 0,
+         dot = 0;  // Σ y and Σ y (z - max), but for the labels: beside their weight small ones would be rounded
+  const auto add_targets = [&](int64_t start, int64_t n, T max, const Stats<double>& before,
+                               const Stats<double>& joint) {
+    spread_block(t, l.uniform, row, start, n, block.y);
+    const double part_mass = target_sum(block.y, n), shift = finite_shift(joint.max);
+    dot += weigh(mass, finite_shift(before.max) - shift);
+    dot += target_dot(block.z, block.y, n, finite_shift(max)) + weigh(part_mass, finite_shift(max) - shift);
+    mass += part_mass;
+  };
   const bool everywhere = t.everywhere();
-  Stats<double> stats = empty_stats<double>();
-  double mass = 0, dot = 0;  // Σ y and Σ y (z - max)
-  for (int64_t start = 0; start < t.classes; start += block_size) {
-    const int64_t n = block_length(t.classes, start);
-    const Stats<T> narrow_part =
-        everywhere ? softmax_block(z + start, n, block.z) : softmax_sums_block(z + start, n, block.z);
-    const Stats<double> part{narrow_part.max, narrow_part.sum, narrow_part.weighted};
-    const Stats<double> joint = start == 0 ? part : merge(stats, part);
-    if (everywhere) {
-      const T part_mass = target_block(t, l, row, start, n, block.y), shift = finite_shift(narrow_part.max);
-      dot += weigh(mass, finite_shift(stats.max) - finite_shift(joint.max));
-      dot += target_dot(block.z, block.y, n, shift) + weigh<double>(part_mass, shift - finite_shift(joint.max));
-      mass += part_mass;
-    }
-    stats = joint;
-  }
-  if (!everywhere) return label_loss(z, l, stats);
-  const double log_total = log_sum(stats);
-  return {T(weigh(mass, log_total) - dot), T(entropy(stats, log_total)), T(stats.max + log_total), T(mass)};
+  const Stats<double> stats =
+      everywhere ? each_block_sums(z, t.classes, true, block.z, add_targets) : row_sums(z, t.classes, block.z);
+  const double log_total = log_sum(stats), ce = label_ce(z, l, stats.max, log_total);
+  return row_loss<T>(everywhere ? ce + weigh(mass, log_total) - dot : ce, stats, log_total, mass);
 }
 
 template <typename L, typename T>
@@ -169,7 +221,7 @@ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int6
   for (int64_t start = 0; start < t.classes; start += block_size) {
     const int64_t n = block_length(t.classes, start);
     target_block(t, l, row, start, n, block.y);
-    const SigmoidSums<T> part = sigmoid_block(z + start, block.y, n, block.z);
+    const SigmoidSums part = sigmoid_block(z + start, block.y, n, block.z);
     ce += part.ce, entropy += part.entropy, softplus += part.softplus;
   }
   return {T(ce), T(entropy), T(softplus), T(0)};
@@ -220,12 +272,13 @@ void loss_and_gradient_row(const Forward<L>& job, const OnePass<L>& one_pass, in
   T* const exponentials = block.y;
   const Stats<T> sums = exponentials_block(z, n, block.z, exponentials);
   const Stats<double> stats{sums.max, sums.sum, sums.weighted};
-  const RowLoss<T> r = label_loss(z, l, stats);
+  const double log_total = log_sum(stats);
+  const RowLoss<T> r = row_loss<T>(label_ce(z, l, stats.max, log_total), stats, log_total, 0);
   const T slope = write_row(job, row, l, r);
   const RowGradient<T> g =
       loss_gradient(row < job.shape.num_mixed ? one_pass.mix : T(0), one_pass.reg, slope, T(1), job.shape.penalty);
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
-  const SoftmaxGradient<T> of_sum{short_nan(r.lse), short_nan(level / sums.sum), short_nan(g.entropy / sums.sum), g.ce};
+  const SoftmaxGradient<T> of_sum = short_nans(gradient_of_sums(stats, log_total, level, g));
   Order<L>::keep(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);
   Order<L>::subtract(l.own, g.ce * l.own_weight, kept, out);
   Order<L>::subtract(l.partner, g.ce * l.partner_weight, kept, out);
@@ -253,8 +306,11 @@ template <typename T>
 T target_mass(const Targets<T>& t, T class_weight_sum, const Labels<T>& l, int64_t row, T* y) {
   if (!t.dense) return l.own_weight + l.partner_weight + l.uniform * class_weight_sum;
   double mass = 0;
-  for (int64_t start = 0; start < t.classes; start += block_size)
-    mass += target_block(t, l, row, start, block_length(t.classes, start), y);
+  for (int64_t start = 0; start < t.classes; start += block_size) {
+    const int64_t n = block_length(t.classes, start);
+    spread_block(t, T(0), row, start, n, y);
+    mass += target_sum(y, n);
+  }
   return T(mass);
 }
 
@@ -268,11 +324,16 @@ void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64
     const Labels<T> l = t.row_labels(row);
     const T mass = target_mass(t, class_weight_sum, l, row, block.y), lse = job.lse[row];
     const auto [g, level] = upstream(job, row, mass);
+    SoftmaxGradient<T> of_row{lse, level, g.entropy, g.ce};
     const L* z = job.logits + row * job.stride;
     L* out = job.out + row * job.out_stride;
+    if (!job.sigmoid && lse_lost_digits(lse)) {
+      const Stats<double> stats = row_sums(z, t.classes, block.z);
+      of_row = gradient_of_sums(stats, log_sum(stats), level, g);
+    }
     if constexpr (std::is_same_v<L, BFloat16>) {
       if (!everywhere && t.classes >= shortest_in_halves) {
-        InHalves::gradient(z, t.classes, l, {lse, level, g.entropy, g.ce}, out);
+        InHalves::gradient(z, t.classes, l, of_row, out);
         continue;
       }
     }
@@ -280,7 +341,7 @@ void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64
       const int64_t n = block_length(t.classes, start);
       if constexpr (std::is_same_v<L, T>) {
         if (!everywhere) {
-          softmax_gradient_direct(z + start, n, lse, level, g.entropy, out + start);
+          softmax_gradient_direct(z + start, n, of_row, out + start);
           subtract_labels(l, g.ce, start, n, out + start);
           continue;
         }
@@ -291,7 +352,7 @@ void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64
       if (job.sigmoid) {
         sigmoid_gradient_block(z + start, block.y, n, g, block.z);
       } else {
-        softmax_gradient_block(z + start, n, lse, level, g.entropy, block.z);
+        softmax_gradient_block(z + start, n, of_row, block.z);
         everywhere ? subtract_targets(block.y, n, g.ce, block.z) : subtract_labels(l, g.ce, start, n, block.z);
       }
       write_block(block.z, n, out + start);

@@ -20,18 +20,17 @@ __device__ __forceinline__ Labels<T> checked_labels(const Targets<T>& t, int64_t
   return t.row_labels(row);
 }
 
-// The targets of columns k, ..., k + count - 1.
+// The targets of columns k, ..., k + count - 1 but for their labels.
 template <int count, typename T>
-__device__ __forceinline__ void load_targets(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t k,
-                                             T (&y)[count]) {
+__device__ __forceinline__ void load_spread(const Targets<T>& t, T uniform, int64_t row, int64_t k, T (&y)[count]) {
   if (t.dense) {
     load(t.dense + row * t.dense_stride + k, y);
-    const T kept = T(1) - t.label_smoothing, uniform = t.label_smoothing / T(t.classes);
+    const T kept = T(1) - t.label_smoothing, smoothed = t.label_smoothing / T(t.classes);
 #pragma unroll
-    for (int i = 0; i < count; ++i) y[i] = y[i] * kept + uniform;
+    for (int i = 0; i < count; ++i) y[i] = y[i] * kept + smoothed;
   } else {
 #pragma unroll
-    for (int i = 0; i < count; ++i) y[i] = l.uniform;
+    for (int i = 0; i < count; ++i) y[i] = uniform;
   }
   if (t.class_weight) {
     T weight[count];
@@ -39,6 +38,13 @@ __device__ __forceinline__ void load_targets(const Targets<T>& t, const Labels<T
 #pragma unroll
     for (int i = 0; i < count; ++i) y[i] *= weight[i];
   }
+}
+
+// The same with their labels.
+template <int count, typename T>
+__device__ __forceinline__ void load_targets(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t k,
+                                             T (&y)[count]) {
+  load_spread(t, l.uniform, row, k, y);
   const bool labelled = (l.own >= k && l.own < k + count) || (l.partner >= k && l.partner < k + count);
   if (t.dense || !labelled) return;
   // Registers have no run-time index: a label is compared with each column.
@@ -49,100 +55,127 @@ __device__ __forceinline__ void load_targets(const Targets<T>& t, const Labels<T
   }
 }
 
-// What a thread knows of its share of a row of logits and targets.
-template <typename T>
-struct RowSums {
-  Stats<T> stats;
-  T mass, dot;  // Σ y and Σ y (z - max)
-};
-
-// `dot` of sums whose maximum becomes `max`.
-template <typename T>
-__device__ __forceinline__ T shifted_dot(const RowSums<T>& sums, T max) {
-  return sums.dot + weigh(sums.mass, finite_shift(sums.stats.max) - finite_shift(max));
-}
-
 template <int count, typename T>
-__device__ __forceinline__ void add_logits(const T (&z)[count], RowSums<T>& sums) {
-  T max = sums.stats.max;
+__device__ __forceinline__ void add_logits(const T (&z)[count], Stats<T>& stats) {
+  T max = stats.max;
 #pragma unroll
   for (int i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
-  if (max > sums.stats.max) {  // rarely so after the first few packs
-    sums.dot = shifted_dot(sums, max);
-    sums.stats = merge(sums.stats, Stats<T>{max, T(0), T(0)});
-  }
+  if (max > stats.max) stats = merge(stats, Stats<T>{max, T(0), T(0)});  // rarely so after the first few packs
   const T shift = finite_shift(max);
 #pragma unroll
-  for (int i = 0; i < count; ++i) add_logit(z[i], shift, sums.stats.sum, sums.stats.weighted);
+  for (int i = 0; i < count; ++i) add_logit(z[i], shift, stats.sum, stats.weighted);
+}
+
+template <typename Team, typename T>
+__device__ __forceinline__ Stats<T> join_stats(const Stats<T>& stats) {
+  return Team::reduce(stats, [](const Stats<T>& a, const Stats<T>& b) { return merge(a, b); });
+}
+
+// The sums of a row of logits, given to all threads.
+template <typename Team, typename L, typename T = Accumulate<L>>
+__device__ Stats<T> row_sums(const L* z, const Span& span) {
+  constexpr int pack = pack_of<L>;
+  Stats<T> stats = empty_stats<T>();
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T values[count.value];
+    load(z + k, values);
+    add_logits(values, stats);
+  });
+  return join_stats<Team>(stats);
+}
+
+// Σ y and Σ y (z - max) of targets but for their labels: beside a label's weight, small shares of many classes would be rounded
+// away. A pack's are joined in float64.
+struct TargetSums {
+  double mass, dot;
+};
+
+// Sums whose maximum becomes `max`.
+template <typename T>
+__device__ __forceinline__ void move_shift(TargetSums& sums, T from, T to) {
+  if (from != to) sums.dot += weigh(sums.mass, double(finite_shift(from)) - double(finite_shift(to)));
 }
 
 template <int count, typename T>
-__device__ __forceinline__ void add_targets(const T (&z)[count], const T (&y)[count], RowSums<T>& sums) {
-  const T shift = finite_shift(sums.stats.max);
+__device__ __forceinline__ void add_targets(const T (&z)[count], const T (&y)[count], T max, TargetSums& sums) {
+  const T shift = finite_shift(max);
+  T mass = 0, dot = 0;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    sums.mass += y[i];
-    sums.dot += weigh(y[i], z[i] - shift);
+    mass += y[i];
+    dot += weigh(y[i], z[i] - shift);
   }
+  sums.mass += mass, sums.dot += dot;
 }
 
-template <typename T>
-__device__ __forceinline__ RowSums<T> join(const RowSums<T>& a, const RowSums<T>& b) {
-  const Stats<T> stats = merge(a.stats, b.stats);
-  return {stats, a.mass + b.mass, shifted_dot(a, stats.max) + shifted_dot(b, stats.max)};
+// CE of a row whose targets are not in its labels alone, but for these, and its Σy.
+template <typename Team, typename L, typename T>
+__device__ TargetSums spread_sums(const L* z, const Targets<T>& t, T uniform, int64_t row, const Span& span,
+                                  Stats<T>& stats) {
+  constexpr int pack = pack_of<L>;
+  TargetSums sums{};
+  stats = empty_stats<T>();
+  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
+    T values[count.value], y[count.value];
+    load(z + k, values);
+    const T before = stats.max;
+    add_logits(values, stats);
+    move_shift(sums, before, stats.max);
+    load_spread(t, uniform, row, k, y);
+    add_targets(values, y, stats.max, sums);
+  });
+  const T own_max = stats.max;
+  stats = join_stats<Team>(stats);
+  move_shift(sums, own_max, stats.max);
+  return Team::reduce(
+      sums, [](const TargetSums& a, const TargetSums& b) { return TargetSums{a.mass + b.mass, a.dot + b.dot}; });
 }
 
 template <typename Team, typename L, typename T>
 __device__ RowLoss<T> softmax_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row) {
-  constexpr int pack = pack_of<L>;
-  const bool everywhere = t.everywhere();
   const T own = widen(z[l.own]), partner = widen(z[l.partner]);  // asked for first, needed last
-  const Span span = span_of<L, pack>(z, t.classes);
-  RowSums<T> sums{empty_stats<T>(), T(0), T(0)};
-  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
-    T values[count.value];
-    load(z + k, values);
-    add_logits(values, sums);
-    if (!everywhere) return;
-    T y[count.value];
-    load_targets(t, l, row, k, y);
-    add_targets(values, y, sums);
-  });
-  sums = Team::reduce(sums, [](const RowSums<T>& a, const RowSums<T>& b) { return join(a, b); });
-  const T log_total = log_sum(sums.stats), max = sums.stats.max;
+  const Span span = span_of<L, pack_of<L>>(z, t.classes);
+  const bool everywhere = t.everywhere();
+  TargetSums spread{};
+  Stats<T> stats;
+  if (everywhere) {
+    spread = spread_sums<Team>(z, t, l.uniform, row, span, stats);
+  } else {
+    stats = row_sums<Team>(z, span);
+  }
+  const T log_total = log_sum(stats), max = stats.max;
   // From shifted logits: lse - z_y would lose the digits of a shift that all logits share.
-  const T ce =
-      everywhere ? weigh(sums.mass, log_total) - sums.dot
-                 : weigh(l.own_weight, log_total - (own - max)) + weigh(l.partner_weight, log_total - (partner - max));
-  return {ce, entropy(sums.stats, log_total), max + log_total, sums.mass};
+  const T ce = weigh(l.own_weight, log_total - (own - max)) + weigh(l.partner_weight, log_total - (partner - max));
+  const T spread_ce = everywhere ? T(weigh(spread.mass, double(log_total)) - spread.dot) : T(0);
+  return {ce + spread_ce, entropy(stats, log_total), max + log_total, T(spread.mass)};
 }
 
-template <typename T>
 struct SigmoidSums {
-  T ce, entropy, softplus;
+  double ce, entropy, softplus;
 };
 
 template <typename Team, typename L, typename T>
 __device__ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int64_t row) {
   constexpr int pack = pack_of<L>;
   const Span span = span_of<L, pack>(z, t.classes);
-  SigmoidSums<T> sums{};
+  SigmoidSums sums{};
   for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
-    T values[count.value], y[count.value];
+    T values[count.value], y[count.value], ce = 0, entropy = 0, softplus = 0;
     load(z + k, values);
     load_targets(t, l, row, k, y);
 #pragma unroll
     for (int i = 0; i < count.value; ++i) {
-      T softplus = 0;
-      add_sigmoid_logit(values[i], softplus, sums.entropy);
-      sums.softplus += softplus;
-      sums.ce += softplus - weigh(y[i], values[i]);
+      T own_softplus = 0;
+      add_sigmoid_logit(values[i], own_softplus, entropy);
+      softplus += own_softplus;
+      ce += own_softplus - weigh(y[i], values[i]);
     }
+    sums.ce += ce, sums.entropy += entropy, sums.softplus += softplus;  // a pack's, joined in float64
   });
-  sums = Team::reduce(sums, [](const SigmoidSums<T>& a, const SigmoidSums<T>& b) {
-    return SigmoidSums<T>{a.ce + b.ce, a.entropy + b.entropy, a.softplus + b.softplus};
+  sums = Team::reduce(sums, [](const SigmoidSums& a, const SigmoidSums& b) {
+    return SigmoidSums{a.ce + b.ce, a.entropy + b.entropy, a.softplus + b.softplus};
   });
-  return {sums.ce, sums.entropy, sums.softplus, T(0)};
+  return {T(sums.ce), T(sums.entropy), T(sums.softplus), T(0)};
 }
 
 template <typename Team, bool sigmoid, typename L>
@@ -190,14 +223,16 @@ __device__ T target_mass(const Targets<T>& t, const Labels<T>& l, int64_t row, c
   if (!t.dense && !t.class_weight) return l.own_weight + l.partner_weight + l.uniform * T(t.classes);
   if (!t.dense && l.uniform == T(0)) return l.own_weight + l.partner_weight;
   constexpr int pack = vector_bytes / sizeof(T);
-  T mass = 0;
+  double mass = 0;
   for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
-    T y[count.value];
-    load_targets(t, l, row, k, y);
+    T y[count.value], sum = 0;
+    load_spread(t, l.uniform, row, k, y);
 #pragma unroll
-    for (int i = 0; i < count.value; ++i) mass += y[i];
+    for (int i = 0; i < count.value; ++i) sum += y[i];
+    mass += sum;
   });
-  return Team::reduce(mass, [](T a, T b) { return a + b; });
+  mass = Team::reduce(mass, [](double a, double b) { return a + b; });
+  return T(mass) + (t.dense ? T(0) : l.own_weight + l.partner_weight);
 }
 
 template <typename Team, bool sigmoid, typename L>
@@ -212,9 +247,14 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
   const T mass = target_mass<Team>(t, l, row, span_of<T, target_pack>(target_row, t.classes));
   const RowUpstream<T> row_upstream = upstream(job, row, mass);
   const RowGradient<T> g = row_upstream.g;
-  const T lse = job.lse[row], level = row_upstream.level;
+  const T lse = job.lse[row];
   const L* z = job.logits + row * job.stride;
   L* out = job.out + row * job.out_stride;
+  SoftmaxGradient<T> of_row{lse, row_upstream.level, g.entropy, g.ce};
+  if (!sigmoid && lse_lost_digits(lse)) {  // before anything is written: `out` may be the logits
+    const Stats<T> stats = row_sums<Team>(z, span_of<L, pack>(z, t.classes));
+    of_row = gradient_of_sums(stats, log_sum(stats), row_upstream.level, g);
+  }
   const Span span = span_of<L, pack>(out, t.classes);
   for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
     T values[count.value], y[count.value];
@@ -225,7 +265,7 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
 #pragma unroll
     for (int i = 0; i < count.value; ++i)
       values[i] = sigmoid ? sigmoid_gradient(values[i], y[i], g)
-                          : softmax_gradient(values[i], lse, level, g.entropy) - g.ce * y[i];
+                          : softmax_gradient(values[i], of_row.shift, of_row.level, of_row.slope) - g.ce * y[i];
     store(values, out + k);
   });
 }

@@ -15,8 +15,8 @@ struct Targets {
   int64_t classes = 0, ignore_index = 0;
   T label_smoothing = 0;
 
-  // Whether the row's target has weight outside its label columns, or weights that differ between classes.
-  MIXUPE_FN bool everywhere() const { return dense || class_weight || label_smoothing != T(0); }
+  // Whether the row's target has weight outside its label columns.
+  MIXUPE_FN bool everywhere() const { return dense || label_smoothing != T(0); }
 
   MIXUPE_FN Labels<T> row_labels(int64_t row) const {
     if (dense) return {0, 0, T(0), T(0), T(0), T(1)};
