@@ -2,6 +2,7 @@
 // done to a row is in rows.h.
 #include "../operators/loss.h"
 
+#include <cmath>
 #include <cstddef>
 #include <memory>
 #include <vector>
@@ -124,7 +125,8 @@ void run_loss_with_gradient(Loss<L> job, const Tensor& gradient) {
   job.rows.entropy = scratch.get(), job.rows.lse = scratch.get() + rows.shape.rows;
   const WaitingGradient<L> waiting = waiting_gradient<L>(rows.targets, rows.sigmoid, gradient);
   loss_of_rows(job, waiting);
-  if (!waiting)
+  // 0·NaN is no 0: rows of neither mean have a gradient of 0 even where η̂ is NaN.
+  if (!waiting || !std::isfinite(job.parts[2]))
     run_gradient(backward_of(job, gradient), gradient);
   else if (job.rescale || !std::is_same_v<L, T>)
     scale_gradient(waiting, job.parts[2], rows.targets.classes, rows.shape.rows);
