@@ -106,10 +106,9 @@ def _mixupe_loss(case: Case) -> None:
     target = (torch.empty(case.shape, dtype=compute), None, None)
     if case.kind in ("mixed", "smoothed"):
         target = (torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=compute))
-    options = {"num_mixed": n // 2, "sigmoid": case.kind == "sigmoid"}
-    options["label_smoothing"] = 0.1 if case.kind == "smoothed" else 0.0
-    _, *saved = KERNELS["mixupe_loss"](logits, *target, scalar, scalar, num_reg=n // 2, **options)
-    KERNELS["mixupe_loss_backward"](scalar, logits, *target, *saved, **options)
+    tail = (0.1 if case.kind == "smoothed" else 0.0, case.kind == "sigmoid")
+    _, *saved = KERNELS["mixupe_loss"](logits, *target, scalar, scalar, n // 2, n // 2, 0, 1.0, True, *tail)
+    KERNELS["mixupe_loss_backward"](scalar, logits, *target, *saved, n // 2, 0, *tail)
 
 
 def _ce_entropy(case: Case) -> None:
