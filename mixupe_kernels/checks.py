@@ -60,7 +60,7 @@ def boolean(name: str, value) -> bool:
 
 
 def choice(name: str, value, options: Collection[str]) -> str:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
 
@@ -68,16 +68,14 @@ def choice(name: str, value, options: Collection[str]) -> str:
 def tensor(name: str, value) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
+    strided(name, value)
     return value
 
 
 def strided(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -116,10 +114,15 @@ def translate(error: Exception, names: Mapping[str, str] = MappingProxyType({}))
 def labels(labels: Tensor, batch: int, like: Tensor) -> None:
     """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
     usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
-    if usual and labels.layout is torch.strided and labels.shape[0] == batch and labels.device == like.device:
+    if (
+        usual
+        and labels.layout is torch.strided
+        and not labels.is_nested
+        and labels.shape[0] == batch
+        and labels.device == like.device
+    ):
         return  # one look instead of six calls in every step
     tensor("labels", labels)
-    strided("labels", labels)
     if labels.dim() == 0 or labels.shape[0] != batch:
         raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
     if labels.is_floating_point():
@@ -133,7 +136,6 @@ def labels(labels: Tensor, batch: int, like: Tensor) -> None:
 def ids(ids: Tensor, labels: Tensor) -> None:
     """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
     tensor("ids", ids)
-    strided("ids", ids)
     dtype("ids", ids, (torch.int64,))
     shape("ids", ids, labels.shape[:1])
     same_device("ids", ids, "labels", labels)

@@ -205,8 +205,8 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
     partner_labels, lam). The operators check devices, dtypes, values and the shapes of rows; checked here is what they do not
     see: the shapes of what is flattened. Soft labels are mixed here: one (N, C) tensor.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if not isinstance(logits, Tensor) or logits.is_nested:
+        checks.tensor("logits", logits)
     if class_dim != -1:
         logits, target = _classes_last(logits, target, class_dim)
     rows = logits if logits.dim() == 2 else as_rows(logits)
@@ -222,7 +222,8 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
         labels, partner_labels, lam = _triple(target)
         num_mixed, num_reg, reg_weight = count, 0, 0.0
     compute = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    if not (type(labels) is type(partner_labels) is type(lam) is Tensor and lam.dtype is compute):
+    usual = type(labels) is type(partner_labels) is type(lam) is Tensor and lam.dtype is compute
+    if not usual or labels.is_nested or partner_labels.is_nested or lam.is_nested:
         lam = _check_parts(labels, partner_labels, lam).to(compute)
     if labels.is_floating_point():
         mixed = _mixed_soft_labels(labels, partner_labels, lam, logits, transformed)
@@ -264,6 +265,7 @@ def _classes_last(logits: Tensor, target: Tensor | tuple, class_dim: int) -> tup
 
 
 def _plain_target(target: Tensor, logits: Tensor) -> RowTarget:
+    checks.tensor("target", target)
     if target.is_floating_point():
         checks.shape("target", target, logits.shape)
         return RowTarget(target.to(accumulate_dtype(logits.dtype)).reshape(-1, logits.shape[-1]))
@@ -288,8 +290,7 @@ def _check_parts(labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
     """λ, of a dtype that converts to the operators'."""
     for name, part in (("labels", labels), ("partner_labels", partner_labels), ("lam", lam)):
         checks.tensor(f"target.{name}", part)
-    if lam.is_complex():
-        raise TypeError(f"target.lam must have a real dtype, got {lam.dtype}")
+    checks.dtype("target.lam", lam, checks.LOGITS_DTYPES)
     return lam
 
 
@@ -298,7 +299,7 @@ def _row_counts(target: MixedTarget, logits: Tensor, rows: int) -> tuple[int, in
     batch = logits.shape[0]
 
     def count_of(name: str, count: Any) -> int:
-        if isinstance(count, bool) or not hasattr(count, "__index__"):
+        if isinstance(count, bool | Tensor) or not hasattr(count, "__index__"):
             raise TypeError(f"target.{name} must be an int, got {type(count).__name__} {count!r}")
         if not 0 <= count <= batch:
             raise ValueError(f"target.{name} must be in [0, {batch}], got {count}")
@@ -357,6 +358,8 @@ def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{name} must not require a gradient: the loss is not differentiable in it")
         if value.is_complex():
             raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name} must have a value, got a meta tensor")
         return value.to(device, compute, non_blocking=True)
     number = checks.non_negative(name, value)
     return kept(_scalars, (number, compute, device), lambda: torch.full((), number, dtype=compute, device=device))

@@ -68,7 +68,7 @@ def custom_parts():
             "model",
             lambda result=result: mk.exact_q(nonsense(result), rand(N, 5), labels(), torch.zeros(5)),
         )
-    for name, q in {"None": "q", "list": [0.0] * N, "too long": torch.ones(N + 1), "2-d": torch.ones(N, 1),
+    for name, q in {"None": "q", "list": [0.0] * N, "2-d": torch.ones(N, 1),
                     "int": torch.ones(N, dtype=torch.int64), "complex": torch.ones(N, dtype=torch.complex64),
                     "meta": torch.ones(N, device="meta"), "bool": torch.ones(N, dtype=torch.bool)}.items():  # fmt: skip
         yield f"q is {name}", r"\bq\b", lambda q=q: mk.MixupELoss(eta=0.1)(logits(), mixed_target(), q=q)

@@ -332,7 +332,10 @@ def forward_mixupe(
         TypeError, ValueError: if ``target`` is not a MixedTarget, or has another number of rows than ``x``; if ``model`` is
             a converted one in a DataParallel over several devices, whose replicas do not know which rows they have.
     """
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
     checks.tensor("x", x)
+    checks.boolean("batched", batched)
     if target is not None:
         if not isinstance(target, MixedTarget):
             raise TypeError(f"target must be a MixedTarget or None, got {type(target).__name__}")

@@ -136,7 +136,6 @@ def check(partner: Any, size: int, device: torch.device) -> Tensor:
     """
     name = "pairing(size, generator, device)"
     checks.tensor(name, partner)
-    checks.strided(name, partner)
     checks.dtype(name, partner, (torch.int64,))
     checks.shape(name, partner, (size,))
     if partner.device != device:

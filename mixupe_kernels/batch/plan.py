@@ -268,7 +268,7 @@ class Plan:
         size = (batch,) if self.per_sample else ()
         lam = self.law.sample(size, source, device)
         if self._own_law:
-            lam = sampling.check("lam_distribution.sample(size, generator, device)", lam, size).to(
+            lam = sampling.check("lam_distribution.sample(size, generator, device)", lam, size, device).to(
                 device, torch.float32
             )
         if self.prob < 1:

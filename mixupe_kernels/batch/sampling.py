@@ -244,7 +244,7 @@ class Custom(Distribution):
 
     def draw(self, size, generator, device):
         lam = self.function(size, generator, device)
-        return check("function(size, generator, device)", lam, size).to(device, torch.float32)
+        return check("function(size, generator, device)", lam, size, device).to(device, torch.float32)
 
 
 class Dirichlet:
@@ -268,16 +268,17 @@ class Dirichlet:
         return f"Dirichlet({self.alpha:g}, {self.num_samples})"
 
 
-def check(name: str, lam: Tensor, size: tuple[int, ...]) -> Tensor:
-    """What a caller's law returned, if it is floating point of shape ``size`` in [0, 1].
+def check(name: str, lam: Tensor, size: tuple[int, ...], device: torch.device) -> Tensor:
+    """What a caller's law returned for ``device``, if it is floating point of shape ``size`` in [0, 1].
 
     Raises:
         TypeError, ValueError: if it is anything else.
     """
     checks.tensor(name, lam)
-    checks.strided(name, lam)
     checks.shape(name, lam, size)
     checks.dtype(name, lam, checks.LOGITS_DTYPES)
+    if lam.is_meta and device.type != "meta":
+        raise ValueError(f"{name} must have values for {device}, got a meta tensor")
     if not torch.compiler.is_compiling():
         check_range(f"values of {name}", lam, 0, 1, "in [0, 1]")
     return lam

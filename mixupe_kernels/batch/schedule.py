@@ -27,6 +27,7 @@ class LinearRamp:
         )
 
     def __call__(self, epoch: float) -> float:
+        epoch = checks.non_negative("epoch", epoch)
         done = (epoch - self.first_epoch) / (self.last_epoch - self.first_epoch)
         done = min(max(done, 0.0), 1.0)
         return self.start * (1 - done) + self.stop * done

@@ -36,6 +36,7 @@ def mixed_accuracy(logits: Tensor, target: MixedTarget, topk: int | Sequence[int
         TypeError, ValueError: for an argument of the wrong type, shape or value.
     """
     checks.tensor("logits", logits)
+    checks.dtype("logits", logits, checks.LOGITS_DTYPES)
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, C), got {tuple(logits.shape)}")
     logits = as_rows(logits).detach()

@@ -54,6 +54,8 @@ def _own_value(function: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
     value = function(q)
     if not isinstance(value, Tensor):
         raise TypeError(f"penalty must return a tensor, got {type(value).__name__}")
+    checks.dtype("penalty(q)", value, checks.LOGITS_DTYPES)
+    checks.same_device("penalty(q)", value, "q", q)
     if value.shape != q.shape:
         raise ValueError(f"penalty must return one value for each of {tuple(q.shape)}, got {tuple(value.shape)}")
     return value

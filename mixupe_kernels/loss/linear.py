@@ -133,8 +133,13 @@ def linear_mixupe_loss(
         )
     checks.same_device("weight", weight, "hidden", hidden)
     classes = weight.shape[0]
+    checks.dtype("hidden", hidden, checks.LOGITS_DTYPES)
+    checks.dtype("weight", weight, checks.LOGITS_DTYPES)
     if bias is not None:
+        checks.tensor("bias", bias)
+        checks.dtype("bias", bias, checks.LOGITS_DTYPES)
         checks.shape("bias", bias, (classes,))
+        checks.same_device("bias", bias, "hidden", hidden)
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
     penalty = checks.choice("penalty", penalty, PENALTIES)  # no function here

@@ -34,10 +34,10 @@ class Options(NamedTuple):
         return Options(
             0 if function else names.index(checks.choice("penalty", penalty, names)),
             function,
-            bool(rescale),
+            checks.boolean("rescale", rescale),
             checks.number("threshold", threshold, "a number", lambda value: True),
             checks.fraction("label_smoothing", label_smoothing),
             checks.choice("activation", activation, ACTIVATIONS) == "sigmoid",
-            bool(inplace_backward),
+            checks.boolean("inplace_backward", inplace_backward),
             checks.integer("class_dim", class_dim),
         )

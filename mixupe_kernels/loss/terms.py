@@ -58,6 +58,7 @@ def ce_entropy(
     checks.tensor("logits", logits)
     if class_weight is not None:
         checks.tensor("class_weight", class_weight)
+        checks.dtype("class_weight", class_weight, checks.LOGITS_DTYPES)
         checks.same_device("class_weight", class_weight, "logits", logits)
         if class_weight.requires_grad:
             raise ValueError("class_weight must not require a gradient: ce is not differentiable in it")

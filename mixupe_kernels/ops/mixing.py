@@ -17,6 +17,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
     compute = accumulate_dtype(like.dtype)
     if not isinstance(lam, Tensor):
         return torch.full((), checks.fraction("lam", lam), dtype=compute, device=like.device)
+    checks.tensor("lam", lam)
     checks.dtype("lam", lam, checks.LOGITS_DTYPES)
     if lam.dim():
         checks.shape("lam", lam, (rows,))
