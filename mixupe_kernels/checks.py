@@ -111,28 +111,6 @@ def translate(error: Exception, names: Mapping[str, str] = MappingProxyType({}))
     return kind(names.get(found[1], found[1]) + found[2])
 
 
-def labels(labels: Tensor, batch: int, like: Tensor) -> None:
-    """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
-    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
-    if (
-        usual
-        and labels.layout is torch.strided
-        and not labels.is_nested
-        and labels.shape[0] == batch
-        and labels.device == like.device
-    ):
-        return  # one look instead of six calls in every step
-    tensor("labels", labels)
-    if labels.dim() == 0 or labels.shape[0] != batch:
-        raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        if labels.dim() != 2:
-            raise ValueError(f"soft labels must have shape (B, C), got {tuple(labels.shape)}")
-    else:
-        dtype("labels", labels, (torch.int64,))
-    same_device("labels", labels, "x", like)
-
-
 def ids(ids: Tensor, labels: Tensor) -> None:
     """Raise unless ``ids`` are (B,) int64 on the device of the labels."""
     tensor("ids", ids)

@@ -162,6 +162,28 @@ def dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int,
     return reference.dense_target(rows, target, RowOptions(label_smoothing=label_smoothing))
 
 
+def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
+    """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
+    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
+    if (
+        usual
+        and labels.layout is torch.strided
+        and not labels.is_nested
+        and labels.shape[0] == batch
+        and labels.device == like.device
+    ):
+        return  # one look instead of six calls in every step
+    checks.tensor("labels", labels)
+    if labels.dim() == 0 or labels.shape[0] != batch:
+        raise ValueError(f"labels must have one row for each of the {batch} samples, got shape {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        if labels.dim() != 2:
+            raise ValueError(f"soft labels must have shape (B, C), got {tuple(labels.shape)}")
+    else:
+        checks.dtype("labels", labels, (torch.int64,))
+    checks.same_device("labels", labels, "x", like)
+
+
 class Parsed(NamedTuple):
     """Logits (N, C) and their target as the operators take them, with the rows of L_mix, the rows of R, and w.
 

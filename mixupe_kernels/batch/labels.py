@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import check_range
-from ..target import dense
+from ..target import check_labels, dense
 
 
 def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
@@ -45,7 +45,7 @@ def mix_labels(
     """
     checks.tensor("labels", labels)
     checks.tensor("partner", partner)
-    checks.labels(labels, labels.shape[0] if labels.dim() else 0, partner)
+    check_labels(labels, labels.shape[0] if labels.dim() else 0, partner)
     checks.dtype("partner", partner, (torch.int64,))
     checks.shape("partner", partner, labels.shape[:1])
     check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")

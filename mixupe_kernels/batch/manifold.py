@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import checks, ops
-from ..target import MixedTarget
+from ..target import MixedTarget, check_labels
 from .batch_norm import tell, telling
 from .mixup import Mixup
 from .plan import Draw
@@ -157,7 +157,7 @@ class ManifoldMixup:
         self, x: Tensor | Sequence | Mapping, labels: Tensor, *, ids: Tensor | None = None
     ) -> tuple[Any, MixedTarget]:
         checks.tensor("labels", labels)
-        checks.labels(labels, labels.shape[0] if labels.dim() else 0, labels)
+        check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             checks.ids(ids, labels)
         if isinstance(x, Tensor) and x.shape[:1] != labels.shape[:1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..conventions import accumulate_dtype, row_format
-from ..target import MixedTarget
+from ..target import MixedTarget, check_labels
 from . import inputs, sampling
 from . import state as saved_state
 from .plan import CleanRows, Draw, Plan, one, plain_draw
@@ -238,7 +238,7 @@ class Mixup:
             image_size: height and width, which CutMix needs.
         """
         checks.tensor("labels", labels)
-        checks.labels(labels, labels.shape[0] if labels.dim() else 0, labels)
+        check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             checks.ids(ids, labels)
         with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(None) else nullcontext():
@@ -289,7 +289,7 @@ class Mixup:
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
         if x.layout is not torch.strided or x.is_nested:
             checks.strided("x", x)
-        checks.labels(labels, x.shape[0], x)
+        check_labels(labels, x.shape[0], x)
         if ids is not None:
             checks.ids(ids, labels)
         arguments = inputs.UNCHANGED
@@ -320,7 +320,7 @@ class Mixup:
         if self.plan.clean is not None and not self.plan.clean.mixed:
             others = {*entries, self.labels_key} if within else entries
             following = inputs.entries_that_follow(x, batch, self.follow, others, labels)
-        checks.labels(labels, batch, next(iter(entries.values())))
+        check_labels(labels, batch, next(iter(entries.values())))
         if ids is not None:
             checks.ids(ids, labels)
         buffers = inputs.buffers(out, entries)
