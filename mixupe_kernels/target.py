@@ -164,14 +164,8 @@ def dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int,
 
 def check_labels(labels: Tensor, batch: int, like: Tensor) -> None:
     """Raise unless ``labels`` are (batch,) int64 or (batch, C) floating point on the device of ``like``."""
-    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1
-    if (
-        usual
-        and labels.layout is torch.strided
-        and not labels.is_nested
-        and labels.shape[0] == batch
-        and labels.device == like.device
-    ):
+    usual = type(labels) is Tensor and labels.dtype is torch.int64 and labels.dim() == 1 and not labels.is_nested
+    if usual and labels.layout is torch.strided and labels.shape[0] == batch and labels.device == like.device:
         return  # one look instead of six calls in every step
     checks.tensor("labels", labels)
     if labels.dim() == 0 or labels.shape[0] != batch:
@@ -288,6 +282,7 @@ def _classes_last(logits: Tensor, target: Tensor | tuple, class_dim: int) -> tup
 
 def _plain_target(target: Tensor, logits: Tensor) -> RowTarget:
     checks.tensor("target", target)
+    checks.same_device("target", target, "logits", logits)
     if target.is_floating_point():
         checks.shape("target", target, logits.shape)
         return RowTarget(target.to(accumulate_dtype(logits.dtype)).reshape(-1, logits.shape[-1]))

@@ -103,7 +103,7 @@ def _with_rows_folded(
     return tuple(output.unflatten(0, sizes) for output in out), (0,) * len(out)
 
 
-@differentiable(ce_entropy_op)
+@differentiable(ce_entropy_op, "logits", "labels", "lam")
 class _CEEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -140,7 +140,7 @@ class _CEEntropy(torch.autograd.Function):
         return _with_rows_folded(_CEEntropy, _ce_entropy, info, in_dims, args)
 
 
-@differentiable(ce_entropy_backward_op)
+@differentiable(ce_entropy_backward_op, *RowGradients._fields, "logits", *RowStats._fields, "labels", "lam")
 class _CEEntropyBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -184,7 +184,7 @@ def _gradient_of_loss(
     return call(mixupe_loss_backward_op, grad, *rest)
 
 
-@differentiable(mixupe_loss_op)
+@differentiable(mixupe_loss_op, "logits")
 class _Loss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -200,7 +200,7 @@ class _Loss(torch.autograd.Function):
         return _loss.gradients(logits=None if grad is None else _gradient_of_loss(grad, *rest))
 
 
-@differentiable(mixupe_loss_backward_op)
+@differentiable(mixupe_loss_backward_op, "grad", "logits")
 class _LossBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -138,7 +138,7 @@ def _both_rows(arguments: Any) -> tuple[Tensor, Tensor]:
     return own, reference.partner_of(arguments.x, arguments.partner, own)
 
 
-@differentiable(mix_op)
+@differentiable(mix_op, "x", "lam")
 class _Mix(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -197,7 +197,7 @@ class _Mix(torch.autograd.Function):
         return sum(terms[1:], terms[0])
 
 
-@differentiable(mixed_target_op)
+@differentiable(mixed_target_op, "lam")
 class _MixedTarget(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -225,7 +225,7 @@ class _MixedTarget(torch.autograd.Function):
 # gather_sum and row_dot: what gradients of mixing are made of, and mixing of more than two samples --------------------
 
 
-@differentiable(gather_sum_op)
+@differentiable(gather_sum_op, "src", "weight")
 class _GatherSum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -252,7 +252,7 @@ class _GatherSum(torch.autograd.Function):
         return sum(call(gather_sum_op, *given._replace(**{k: v})) for k, v in named.items() if v is not None)
 
 
-@differentiable(row_dot_op)
+@differentiable(row_dot_op, "a", "b")
 class _RowDot(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -94,10 +94,10 @@ class _Differentiable(NamedTuple):
     single_level: type  # for one, within the dispatcher
 
 
-def differentiable(operator: Operator) -> Callable[[type], type]:
+def differentiable(operator: Operator, *inputs: str) -> Callable[[type], type]:
     """Make a class of setup_context and backward the ``operator``'s Function, which has forward mode if it has a jvp.
 
-    ``jvp`` takes what ``keep`` kept and the tangents. A ``vmap`` of its own does better than a loop.
+    ``inputs`` are the arguments it is differentiable in: a gradient of others is refused. ``jvp`` takes what ``keep`` kept and the tangents. A ``vmap`` of its own does better than a loop.
     """
 
     def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -108,11 +108,24 @@ def differentiable(operator: Operator) -> Callable[[type], type]:
         if function.vmap is torch.autograd.Function.vmap:
             own["vmap"] = functools.partial(each_member, function)
 
+        flat = signature_of(operator).Flat  # with the defaults that the dispatcher drops
+        others = [index for index, name in enumerate(flat._fields) if name not in inputs]
+        given_setup = function.setup_context
+
+        def setup_context(ctx, inputs_given, output):
+            needed = ctx.needs_input_grad
+            for index in others:
+                if index < len(needed) and needed[index]:
+                    name = flat._fields[index]
+                    raise RuntimeError(f"{operator} is differentiable in {', '.join(inputs)} only, not in {name}")
+            given_setup(ctx, inputs_given, output)
+
         def forward(ctx, *args):
             output = below_autograd(operator, *args)
-            function.setup_context(ctx, args, output)
+            setup_context(ctx, args, output)
             return output
 
+        own["setup_context"] = setup_context
         for name, method in own.items():
             setattr(function, name, staticmethod(method))
         # Function.apply binds the arguments of a forward apart from its setup_context to the inspected signature: 29 of
@@ -120,7 +133,6 @@ def differentiable(operator: Operator) -> Callable[[type], type]:
         eager = _subclass(function, torch.autograd.Function, forward=forward, **methods)
         single_level = _single_level(operator, function, methods)
         functions = _functions[operator] = _Differentiable(function, eager, single_level)
-        flat = signature_of(operator).Flat  # with the defaults that the dispatcher drops
 
         def kernel(*args):
             if transforms_active():
