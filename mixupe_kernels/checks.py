@@ -78,6 +78,17 @@ def strided(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
+def writable(name: str, value: Tensor) -> None:
+    """Each element has memory of its own, as far as strides tell, and holds its own value and not the negative of one."""
+    if value.is_neg():
+        raise ValueError(f"{name} must not be a view with the negative bit (Tensor.is_neg)")
+    reached = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)) if value.numel() else ():
+        if size > 1 and stride <= reached:
+            raise ValueError(f"{name} must not have elements that share memory, got strides {value.stride()}")
+        reached += (size - 1) * stride
+
+
 def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if value.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)

@@ -70,10 +70,10 @@ class Affine {
 
 // How many elements from this one on are inside the box as it is, or outside as it is; at least one.
 int64_t run_length(const Box& box, int64_t line, int64_t column) {
-  const int64_t left = std::max<int64_t>(box.edges[2], 0) * box.pixel;
-  if (box.contains(line, column)) return std::min(box.edges[3] * box.pixel, box.line_size) - column;
-  const int64_t entered = std::max(column < left ? line : line + 1, box.edges[0]);
-  const bool again = entered < std::min(box.edges[1], box.height);
+  const int64_t left = box.left();
+  if (box.contains(line, column)) return box.right() - column;
+  const int64_t entered = std::max(column < left ? line : line + 1, box.top());
+  const bool again = entered < box.bottom();
   return (again ? entered * box.line_size + left : box.height * box.line_size) - (line * box.line_size + column);
 }
 

@@ -1,5 +1,6 @@
 // Orders of memory: strides, copies where a kernel needs another order, and whether tensors share memory.
 #pragma once
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -74,6 +75,22 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   const auto [a_start, a_end] = byte_range(a);
   const auto [b_start, b_end] = byte_range(b);
   return a_start < b_end && b_start < a_end;
+}
+
+// Each element of a tensor to be written has memory of its own, as far as strides tell: sorted, each exceeds what the smaller
+// ones reach.
+inline void require_no_shared_elements(const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t reached = 0;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride <= reached)
+      fail(name, " must not have elements that share memory, got strides ", shape_text(tensor.strides()));
+    reached += (size - 1) * stride;
+  }
 }
 
 inline bool same_memory(const Tensor& a, const Tensor& b) {

@@ -106,6 +106,7 @@ inline GradientOutput check_gradient_output(const Tensor& logits, const Tensor& 
   require_dtype("out", out, logits.scalar_type());
   require_device("out", out, {"logits", logits});
   require_shape("out", out, {logits.size(0), logits.size(1)});
+  require_no_shared_elements("out", out);
   require(!overlap(logits, out) || same_memory(logits, out), "out must be logits itself or not overlap it");
   const bool dense = samples_are(out, MemoryFormat::Contiguous) && (out.size(0) <= 1 || out.stride(0) >= out.size(1));
   return dense ? GradientOutput{out, false}

@@ -14,8 +14,18 @@ struct Box {
   MIXUPE_FN explicit operator bool() const { return static_cast<bool>(edges); }
   MIXUPE_FN int64_t line_of(int64_t k) const { return k / line_size % height; }
   MIXUPE_FN int64_t column_of(int64_t k) const { return k % line_size; }
+  // Edges within the image, whatever the caller's: lines, and elements of a line.
+  MIXUPE_FN int64_t top() const { return edge(0, height); }
+  MIXUPE_FN int64_t bottom() const { return edge(1, height); }
+  MIXUPE_FN int64_t left() const { return edge(2, line_size / pixel) * pixel; }
+  MIXUPE_FN int64_t right() const { return edge(3, line_size / pixel) * pixel; }
   MIXUPE_FN bool contains(int64_t line, int64_t column) const {
-    return line >= edges[0] && line < edges[1] && column >= edges[2] * pixel && column < edges[3] * pixel;
+    return line >= top() && line < bottom() && column >= left() && column < right();
+  }
+
+  MIXUPE_FN int64_t edge(int which, int64_t most) const {
+    const int64_t given = edges[which];
+    return given < 0 ? 0 : given < most ? given : most;
   }
 };
 
@@ -86,6 +96,7 @@ inline MixCall plan_mix_out(const Tensor& x, int64_t count, const Tensor& out, b
   std::vector<int64_t> sizes = sizes_of(x);
   sizes[0] = count;
   if (sizes_of(out) != sizes) fail("out must have shape ", shape_text(sizes), ", got ", shape_text(out.sizes()));
+  require_no_shared_elements("out", out);
   require(!overlap(x, out) || (flip && same_memory(x, out)),
           "out must not overlap x, except that it may be x itself where partner and rows are None");
   const MemoryFormat channels_last = channels_last_format(x.dim());
@@ -111,7 +122,8 @@ void mix_into(const MixCall& call, int64_t count, const MixArguments& arguments)
   const Tensor& x = call.x;
   const Beside beside{"x", x};
   const int64_t sample = sample_size(x), channels = x.dim() >= 2 ? x.size(1) : 1;
-  const int64_t channel_stride = call.format == MemoryFormat::Contiguous && channels ? sample / channels : 1;
+  const int64_t channel_stride =
+      call.format == MemoryFormat::Contiguous && channels ? std::max<int64_t>(sample / channels, 1) : 1;
   with_mixable_type(x.scalar_type(), [&](auto type) {
     using In = decltype(type);
     using T = Accumulate<In>;

@@ -127,7 +127,7 @@ def check_buffer(name: str, out: Any, x: Tensor, rows: int, dtypes: Sequence[tor
     """``out`` if ``rows`` rows like x's can be written into it.
 
     Raises:
-        TypeError, ValueError: if it has another kind, device, shape or dtype, or requires a gradient.
+        TypeError, ValueError: if it has another kind, device, shape or dtype, shares memory with itself, or requires a gradient.
     """
     checks.tensor(name, out)
     checks.strided(name, out)
@@ -137,6 +137,7 @@ def check_buffer(name: str, out: Any, x: Tensor, rows: int, dtypes: Sequence[tor
         expected = ", ".join(map(str, x.shape[1:]))
         raise ValueError(f"{name} must have shape (>= {rows}, {expected}), got {tuple(out.shape)}")
     checks.dtype(name, out, dtypes)
+    checks.writable(name, out)
     return out
 
 

@@ -104,6 +104,7 @@ def check_out(out: Tensor, size: tuple[int, ...], x: Tensor) -> None:
     checks.shape("out", out, size)
     checks.dtype("out", out, checks.LOGITS_DTYPES)
     checks.same_device("out", out, "x", x)
+    checks.writable("out", out)
 
 
 def _mix_many(x: Tensor, partner: Tensor, lam: Tensor | float, out: Tensor | None) -> Tensor:

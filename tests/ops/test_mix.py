@@ -156,3 +156,25 @@ def test_an_empty_batch_or_choice_of_rows(backend):
     assert ops.mix(x[:0], none, half).shape == (0, 9)
     assert ops.mix(x[:0], None, half).shape == (0, 9)
     assert ops.mix(x, none, half.expand(0), none).shape == (0, 9)
+
+
+HUGE = 2**62
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "edges",
+    [
+        (-3, 2, 1, 9),
+        (-HUGE, HUGE, -HUGE, HUGE),
+        (1, HUGE, 2, HUGE),
+        (HUGE, HUGE, 0, 3),
+        (-5, -2, 0, 6),
+        (0, 4, HUGE, HUGE),
+        (0, 4, -HUGE, 2),
+        (3, 1, 0, 2),
+    ],
+)
+def test_a_box_past_the_image_ends_with_it(backend, edges, memory_format):
+    x = torch.randn(4, 3, 4, 6).to(memory_format=memory_format)
+    check_mix(x, torch.tensor([1, 2, 3, 0]), torch.tensor(0.3), box=torch.tensor(edges))

@@ -42,6 +42,39 @@ def test_mix_refuses(backend, change, error, message):
         mk.mix(**arguments)
 
 
+UNWRITABLE = {
+    "expanded rows": lambda: torch.zeros(1, 3).expand(4, 3),
+    "expanded columns": lambda: torch.zeros(4, 1).expand(4, 3),
+    "overlapping rows": lambda: torch.zeros(12).as_strided((4, 3), (2, 1)),
+    "negative": lambda: torch._neg_view(torch.zeros(4, 3)),
+    "imaginary part of a conjugate": lambda: torch.zeros(4, 3, dtype=torch.complex64).conj().imag,
+}
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_out_that_cannot_be_written_is_refused(backend, kind):
+    out = UNWRITABLE[kind]()
+    with pytest.raises(ValueError, match="out must not"):
+        mk.mix(GOOD["x"] + 1, GOOD["partner"], 0.5, out=out)
+    with pytest.raises(ValueError, match="out must not"):
+        mk.Mixup()(GOOD["x"] + 1, GOOD["labels"], out=out)
+    assert not out.any()
+
+
+def test_out_may_have_any_strides_of_its_own(backend):
+    x = torch.randn(4, 3)
+    for out in (torch.zeros(4, 6)[:, ::2], torch.zeros(3, 4).t(), torch.zeros(4, 3, dtype=torch.complex64).imag):
+        assert torch.equal(mk.mix(x, GOOD["partner"], 0.5, out=out), mk.mix(x, GOOD["partner"], 0.5))
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("lam", [torch.tensor(0.5), torch.full((4,), 0.5)])
+def test_a_sparse_lam_is_refused(backend, lam):
+    with pytest.raises(TypeError, match="lam must be a dense tensor, got a sparse_coo one"):
+        mk.mix(GOOD["x"], GOOD["partner"], lam.to_sparse())
+
+
 @pytest.mark.parametrize("name", ["x", "lam", "out"])
 def test_out_is_refused_where_a_gradient_is_wanted(backend, name):
     values = {"x": torch.randn(4, 3), "lam": torch.rand(4), "out": torch.zeros(4, 3)}
