@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixupe_kernels.ops import reference
+from mixupe_kernels.ops import RowGradients, RowOptions, RowStats, RowTarget, reference
 
 CHUNK = 1 << 24  # values at a time
 
@@ -64,10 +64,15 @@ def fitted_lam(out: Tensor, x: Tensor, partner: Tensor) -> Tensor:
     return ((out.double() - x[partner].double()) * difference).sum() / difference.square().sum()
 
 
+def row_target(target: tuple[Tensor, ...], part: slice) -> RowTarget:
+    """Those rows of (labels, partner_labels, lam), in float64."""
+    return RowTarget(*(values[part].double() if values.is_floating_point() else values[part] for values in target))
+
+
 def ce_entropy(logits: Tensor, target: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's (CE, H, lse) in float64."""
     parts = [
-        reference.ce_entropy(logits[part].double(), *(values[part] for values in target))
+        reference.ce_entropy(logits[part].double(), row_target(target, part), RowOptions())
         for part in chunks(*logits.shape)
     ]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
@@ -84,9 +89,10 @@ def gradient_error(
     """Deviation of a gradient with respect to the logits from the reference's, for upstream (g_ce, g_H, g_lse)."""
     deviation = Deviation()
     for part in chunks(*logits.shape):
-        upstream = [None if values is None else values[part] for values in coefficients]
-        rows = (logits[part].double(), entropy[part], lse[part], *(values[part] for values in target))
-        deviation.add(gradient[part], reference.ce_entropy_backward(*upstream, *rows))
+        upstream = RowGradients(*(None if values is None else values[part].double() for values in coefficients))
+        stats, rows = RowStats(entropy[part], lse[part]), row_target(target, part)
+        want = reference.ce_entropy_backward(upstream, logits[part].double(), stats, rows, RowOptions())
+        deviation.add(gradient[part], want)
     return deviation.value
 
 

@@ -153,6 +153,8 @@ def draw_mixupe_loss(draw) -> Call:
         near = (q - jump).abs() <= 1e-3 * (magnitude(logits) if target[0].dim() == 2 else 1)
         parts = results[1]
         left = (parts[0] + eta.double() * parts[1]).abs() >= 0.05 * parts[0].abs()
+        if parts[0] == 0 and parts[1].abs() <= 1e-6 * reg_weight:  # η̂ jumps from 0 to 1 where L is 0
+            return False
         return not bool(near.any()) and (bool(left) or not rescale or bool(parts.isnan().any()))
 
     options = f"{counts} {list(PENALTIES)[penalty]} {threshold} {rescale} {smoothing} sigmoid {sigmoid}"

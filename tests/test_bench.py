@@ -15,6 +15,7 @@ import torch
 import mixupe_kernels as mk
 from bench import cases, check, cpu, gpu, plot, results, run, timing, workloads
 from bench.cases import COPY, COPY_RATE, EAGER, ENQUEUE, FLOAT32, READ_RATE, Bar, Case, Row, Verdict
+from mixupe_kernels.ops import LossArguments, reference
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -71,10 +72,9 @@ def test_checks_in_chunks_agree_with_the_whole(monkeypatch):
     assert len(list(check.chunks(20, 11))) == 10
     _, gradient = workload.calls["reference"](workload.inputs)
     target = workload.inputs.target
-    loss, *_ = mk.ops.reference.mixupe_loss(
-        workload.inputs.logits.detach().double(), *target, workload.inputs.eta.double(),
-        workload.inputs.reg_weight.double(), 10, 10,
-    )  # fmt: skip
+    arguments = LossArguments(workload.inputs.eta.double(), workload.inputs.reg_weight.double(), 10, 10)
+    rows = check.row_target(target, slice(None))
+    loss, *_ = reference.mixupe_loss(workload.inputs.logits.detach().double(), rows, arguments)
     errors = check.mixupe_loss_errors(
         loss, gradient, workload.inputs.logits.detach(), target, workload.inputs.eta, workload.inputs.reg_weight, 10
     )

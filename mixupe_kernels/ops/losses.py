@@ -276,6 +276,8 @@ class _LossWithGradient(torch.autograd.Function):
         loss, parts, ctx.gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)
         ctx.save_for_backward(logits, *target, parts)
         ctx.arguments = arguments
+        # As numbers: their owner may rewrite them before another backward, which is of what they were.
+        ctx.weights = arguments.eta.item(), arguments.reg_weight.item()
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
@@ -285,13 +287,16 @@ class _LossWithGradient(torch.autograd.Function):
         if grad is None:
             return None, None, None
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or torch.is_grad_enabled():  # a second derivative is one of a function of the logits
+        if gradient is None or torch.is_grad_enabled():
             logits, labels, partner_labels, lam, parts = ctx.saved_tensors
             target = RowTarget(labels, partner_labels, lam)
-            # What depends on η is in the parts, whatever η has become since.
-            _, _, signed_entropy, lse = below_autograd(mixupe_loss_op, logits, *target, *ctx.arguments)
-            stats = LossStats(parts, signed_entropy, lse)
-            return _gradient_of_loss(grad, logits, target, stats, ctx.arguments.of_backward), None, None
+            eta, weight = (torch.full_like(ctx.arguments.eta, number) for number in ctx.weights)
+            arguments = ctx.arguments._replace(eta=eta, reg_weight=weight)
+            if torch.is_grad_enabled():  # a second derivative is one of a function of the logits
+                _, _, signed_entropy, lse = below_autograd(mixupe_loss_op, logits, *target, *arguments)
+                stats = LossStats(parts, signed_entropy, lse)
+                return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward), None, None
+            _, _, gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)  # the bits of the first
         return gradient if _is_one(grad) else gradient * grad, None, None
 
 

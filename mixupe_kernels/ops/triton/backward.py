@@ -116,7 +116,7 @@ def row_gradient(
     else:
         g_p = g_ce * mass + g_lse
         # lse is rounded, under a large shift of all logits by more than p may be: Σ e^(z - lse) is what 1 became.
-        if tl.max(tl.abs(lse), 0) > LSE_IS_EXACT_TO:
+        if tl.max(tl.where(lse == lse, tl.abs(lse), 0.0), 0) > LSE_IS_EXACT_TO:
             total = tl.zeros((ROWS,), ACC)
             for start in tl.range(0, C, BLOCK, num_stages=1):
                 step = (start + tl.arange(0, BLOCK))[None, :]
