@@ -25,14 +25,14 @@ def composed_loss(
     # η may be rewritten before the backward, which is one of the η that was.
     arguments = arguments._replace(eta=arguments.eta.clone())
     penalty = penalty_of(arguments.penalty)
-    outputs = ops.ce_entropy(rows, target, arguments.of_rows)
+    outputs = ops.ce_entropy(rows, target, arguments.of_rows())
     if q is not None:
         q = _given(q, outputs.ce)
         counted = torch.ones_like(q, dtype=torch.bool)
     elif penalty.detached and function is None:
         # (y - p)ᵀz with y - p constant has the value q̂, no gradient in y, and in z that of q̂ with H constant.
         fixed = target.map(Tensor.detach)
-        outputs_fixed = ops.ce_entropy(rows, fixed, arguments.of_rows)
+        outputs_fixed = ops.ce_entropy(rows, fixed, arguments.of_rows())
         outputs_fixed = outputs_fixed._replace(entropy=outputs_fixed.entropy.detach())
         q, counted = reference.regularized(outputs_fixed, fixed, arguments)
     else:

@@ -172,7 +172,8 @@ class MixupELoss(nn.Module):
         if eta is None:
             eta = kept(self._eta, key, functools.partial(self._make_eta, *key))
         loss, parts = _loss(logits, target, parsed, eta, self.options, q)
-        self._last[:] = [] if parts is None else [parts]
+        # An exported program keeps nothing on a module.
+        self._last[:] = [] if parts is None or torch.compiler.is_exporting() else [parts]
         return loss
 
     def _make_eta(self, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -42,12 +42,12 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(count, chunk_rows):
                 logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
-                outputs = ops.ce_entropy(logits, _of_chunk(target, chunk), arguments.of_rows)
+                outputs = ops.ce_entropy(logits, _of_chunk(target, chunk), arguments.of_rows())
                 for row, output in zip(rows, outputs, strict=True):
                     row[chunk] = output
         loss, parts, signed_entropy = reference.penalized(rows, target, arguments)
         ctx.save_for_backward(hidden, weight, bias, *target, parts, signed_entropy, rows.lse)
-        ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, arguments.of_backward
+        ctx.dtype, ctx.chunk_rows, ctx.options = dtype, chunk_rows, arguments.of_backward()
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -74,7 +74,7 @@ class _LinearLoss(torch.autograd.Function):
             logits = _logits(inputs, matrix, offset, buffer)
             grads = RowGradients(*(None if of_row is None else of_row[chunk] for of_row in coefficients))
             row_stats = RowStats(entropy[chunk], stats.lse[chunk])
-            dz = ops.ce_entropy_backward(grads, logits, row_stats, _of_chunk(target, chunk), options.of_rows)
+            dz = ops.ce_entropy_backward(grads, logits, row_stats, _of_chunk(target, chunk), options.of_rows())
             if d_hidden is not None:
                 d_hidden[chunk] = dz @ matrix
             if d_weight is not None:

@@ -66,8 +66,8 @@ class RowTarget(NamedTuple):
     partner_labels: Tensor | None = None
     lam: Tensor | None = None
 
-    @property
-    def dense(self) -> bool:
+    # Not a property, nor are of_rows and of_backward: the compiler of torch 2.10 evaluates none of a NamedTuple.
+    def is_dense(self) -> bool:
         return self.labels.dim() == 2
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "RowTarget":
@@ -82,7 +82,7 @@ class RowTarget(NamedTuple):
     def check(self, logits: Tensor) -> None:
         """Raise for a dtype, shape or device that does not go with the logits (N, C)."""
         compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
-        if self.dense:
+        if self.is_dense():
             if self.partner_labels is not None or self.lam is not None:
                 raise ValueError("lam must be None where labels are soft")
             return _check("labels", self.labels, compute, logits.shape, logits)
@@ -100,7 +100,7 @@ class RowTarget(NamedTuple):
 
     def check_values(self, classes: int, ignore_index: int) -> None:
         """Refuse labels outside [0, classes) other than ``ignore_index``, and λ outside [0, 1] or NaN."""
-        if self.dense:
+        if self.is_dense():
             return
         for name, labels in (("labels", self.labels), ("partner_labels", self.partner_labels)):
             if labels is not None:
@@ -168,11 +168,9 @@ class LossArguments(NamedTuple):
     label_smoothing: float = 0.0
     sigmoid: bool = False
 
-    @property
     def of_rows(self) -> RowOptions:
         return RowOptions(label_smoothing=self.label_smoothing, sigmoid=self.sigmoid)
 
-    @property
     def of_backward(self) -> "LossBackwardOptions":
         return LossBackwardOptions(self.num_mixed, self.penalty, self.label_smoothing, self.sigmoid)
 
@@ -207,7 +205,6 @@ class LossBackwardOptions(NamedTuple):
     label_smoothing: float = 0.0
     sigmoid: bool = False
 
-    @property
     def of_rows(self) -> RowOptions:
         return RowOptions(label_smoothing=self.label_smoothing, sigmoid=self.sigmoid)
 

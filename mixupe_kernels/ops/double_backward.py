@@ -19,7 +19,7 @@ def target_gradients(dy: Tensor, target: RowTarget, options: RowOptions) -> tupl
     if options.class_weight is not None:
         dy = dy * options.class_weight.to(dy.dtype)
     smoothing = options.label_smoothing
-    if target.dense:
+    if target.is_dense():
         return (dy * (1 - smoothing)).to(target.labels.dtype), None
     if target.partner_labels is None or target.lam is None:
         return None, None
@@ -38,10 +38,10 @@ def _target_tangent(
 ) -> Tensor | None:
     """The tangent (N, C) of ``reference.dense_target``, which is linear in dense labels and in λ; None for zero."""
     compute = accumulate_dtype(logits.dtype)
-    if target.dense and d_labels is not None:
+    if target.is_dense() and d_labels is not None:
         dy = d_labels.to(compute) * (1 - options.label_smoothing)
         return dy if options.class_weight is None else dy * options.class_weight.to(compute)
-    if not target.dense and target.partner_labels is not None and d_lam is not None:
+    if not target.is_dense() and target.partner_labels is not None and d_lam is not None:
         own, other = (dense_target(logits, RowTarget(y), options) for y in (target.labels, target.partner_labels))
         return d_lam.to(compute).unsqueeze(1) * (own - other)
     return None

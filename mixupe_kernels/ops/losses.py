@@ -190,7 +190,7 @@ class _Loss(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         logits, target, arguments = _loss.pack(*inputs)
         _, *stats = output
-        keep(ctx, _loss_backward.Flat(None, logits, *target, *stats, *arguments.of_backward))
+        keep(ctx, _loss_backward.Flat(None, logits, *target, *stats, *arguments.of_backward()))
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
 
@@ -216,8 +216,8 @@ class _LossBackward(torch.autograd.Function):
         grad, logits, target, stats, options = _loss_backward.pack(*kept(ctx))
         with torch.enable_grad():
             coefficients = reference.loss_coefficients(grad, target, stats, options)
-            rows = ce_entropy(logits, target, options.of_rows)
-            dz = ce_entropy_backward(coefficients, logits, RowStats(rows.entropy, rows.lse), target, options.of_rows)
+            rows = ce_entropy(logits, target, options.of_rows())
+            dz = ce_entropy_backward(coefficients, logits, RowStats(rows.entropy, rows.lse), target, options.of_rows())
         wanted = {name: value for name, value in (("grad", grad), ("logits", logits)) if value.requires_grad}
         found = torch.autograd.grad(dz, list(wanted.values()), v, create_graph=torch.is_grad_enabled())
         return _loss_backward.gradients(**dict(zip(wanted, found, strict=True)))
@@ -230,7 +230,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, logits, target, arguments):
         loss, *stats = below_autograd(mixupe_loss_op, logits, *target, *arguments)
         ctx.save_for_backward(logits, *target, *stats)
-        ctx.options = arguments.of_backward
+        ctx.options = arguments.of_backward()
         stats = LossStats(*stats)
         ctx.mark_non_differentiable(stats.parts)
         ctx.set_materialize_grads(False)
@@ -295,7 +295,7 @@ class _LossWithGradient(torch.autograd.Function):
             if torch.is_grad_enabled():  # a second derivative is one of a function of the logits
                 _, _, signed_entropy, lse = below_autograd(mixupe_loss_op, logits, *target, *arguments)
                 stats = LossStats(parts, signed_entropy, lse)
-                return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward), None, None
+                return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward()), None, None
             _, _, gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)  # the bits of the first
         return gradient if _is_one(grad) else gradient * grad, None, None
 

@@ -153,7 +153,7 @@ def dense_target(logits: Tensor, target: RowTarget, options: RowOptions) -> Tens
     """
     compute, classes = accumulate_dtype(logits.dtype), logits.shape[1]
     smoothing = options.label_smoothing
-    if target.dense:
+    if target.is_dense():
         y = target.labels.to(compute)
         if smoothing:
             y = y * (1 - smoothing) + smoothing / classes
@@ -247,7 +247,7 @@ def ce_entropy_backward(
 
 def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
     """The share of each row's labels that is not ignored, (N,); dense targets ignore nothing."""
-    if target.dense:
+    if target.is_dense():
         return torch.ones_like(like)
     own = target.labels != IGNORE_INDEX
     if target.partner_labels is None or target.lam is None:
@@ -259,7 +259,7 @@ def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
 def q_hat(rows: RowOutputs, target: RowTarget, label_smoothing: float, sigmoid: bool) -> Tensor:
     """q̂ = H - CE + (Σy - 1)·lse; the last term is there only where targets are dense and so need not sum to 1."""
     q = rows.entropy - rows.ce
-    if target.dense and not sigmoid:
+    if target.is_dense() and not sigmoid:
         mass = target.labels.to(q.dtype).sum(1) * (1 - label_smoothing) + label_smoothing
         q = q + (mass - 1) * rows.lse
     return q
@@ -313,7 +313,7 @@ def mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> 
     """
     check_logits(logits)
     arguments.check(logits)
-    rows = ce_entropy(logits, target, arguments.of_rows)
+    rows = ce_entropy(logits, target, arguments.of_rows())
     return *penalized(rows, target, arguments), rows.lse
 
 
@@ -342,7 +342,7 @@ def loss_coefficients(grad: Tensor, target: RowTarget, stats: LossStats, options
     g_q = zero_where(slope == 0, grad * of_penalty * slope)
     g_ce = zero_where(outside, (grad * of_ce).expand_as(slope)) - g_q
     g_lse = torch.zeros_like(g_q)
-    if target.dense and not options.sigmoid:
+    if target.is_dense() and not options.sigmoid:
         smoothing = options.label_smoothing
         g_lse = g_q * (target.labels.to(g_q.dtype).sum(1) * (1 - smoothing) + smoothing - 1)
     # Where p is a constant, H has no gradient of its own.
@@ -360,7 +360,7 @@ def mixupe_loss_backward(
         arguments.check(logits)
     entropy, _ = split_sign(stats.signed_entropy)
     coefficients = loss_coefficients(grad, target, stats, options)
-    return ce_entropy_backward(coefficients, logits, RowStats(entropy, stats.lse), target, options.of_rows)
+    return ce_entropy_backward(coefficients, logits, RowStats(entropy, stats.lse), target, options.of_rows())
 
 
 def mixupe_loss_backward_out(
@@ -379,7 +379,7 @@ def with_gradient(mixupe_loss: Callable, mixupe_loss_backward: Callable) -> Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, parts, gradient): ``mixupe_loss`` and its ``mixupe_loss_backward`` for an upstream gradient of 1."""
         loss, *stats = mixupe_loss(logits, target, arguments)
-        stats, options = LossStats(*stats), arguments.of_backward
+        stats, options = LossStats(*stats), arguments.of_backward()
         return loss, stats.parts, mixupe_loss_backward(torch.ones_like(loss), logits, target, stats, options)
 
     return mixupe_loss_with_gradient

@@ -172,7 +172,7 @@ def _backward(
     buffer = unit_columns(out)
     logits = unit_columns(logits)
     n, columns = logits.shape
-    summed = rows.dense or (options.label_smoothing != 0 and target.class_weight is not None)
+    summed = rows.is_dense() or (options.label_smoothing != 0 and target.class_weight is not None)
     family = "row_gradient_summed" if summed else "row_gradient"
 
     def run(tile: Tile) -> None:
@@ -209,7 +209,7 @@ def mixupe_loss_backward_out(
     """``mixupe_loss_backward`` into ``out`` (N, C), which may be the logits themselves: a tile is read, then written."""
     row_stats = RowStats(stats.signed_entropy, stats.lse)
     no_grads = RowGradients(None, None, None)
-    _backward(out, logits, target, options.of_rows, row_stats, no_grads, (grad, stats.parts, options))
+    _backward(out, logits, target, options.of_rows(), row_stats, no_grads, (grad, stats.parts, options))
 
 
 def mixupe_loss_backward(

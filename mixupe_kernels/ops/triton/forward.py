@@ -301,4 +301,4 @@ def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> tuple[
 
 def mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, parts, signed H, lse) in two launches, or three where few long rows are split; as the reference's."""
-    return _forward(logits, target, arguments.of_rows, arguments)
+    return _forward(logits, target, arguments.of_rows(), arguments)

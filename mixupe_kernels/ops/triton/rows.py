@@ -32,7 +32,7 @@ def unit_columns(rows: Tensor) -> Tensor:
 
 def prepare_target(target: RowTarget, class_weight: Tensor | None) -> Target:
     """The arguments of the operators as the kernels take them, copied only where their strides demand it."""
-    if target.dense:
+    if target.is_dense():
         return Target(unit_columns(target.labels), None, None, class_weight)
     return Target(*target.map(Tensor.contiguous), class_weight)
 
