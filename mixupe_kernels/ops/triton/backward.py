@@ -174,10 +174,13 @@ def _backward(
     n, columns = logits.shape
     summed = rows.is_dense() or (options.label_smoothing != 0 and target.class_weight is not None)
     family = "row_gradient_summed" if summed else "row_gradient"
+    in_place = buffer.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    # One program does a whole row if it must sum the row's targets first, or might sum its logits (LSE_IS_EXACT_TO) after
+    # another program wrote over them.
+    whole = summed or (in_place and not options.sigmoid)
 
     def run(tile: Tile) -> None:
-        # A program that must sum its row's targets first does the whole row, lest every tile sum it again.
-        span = triton.cdiv(columns, tile.block) * tile.block if summed else tile.block
+        span = triton.cdiv(columns, tile.block) * tile.block if whole else tile.block
         row_gradient[(triton.cdiv(n, tile.rows), triton.cdiv(columns, span))](
             buffer, logits, target, saved, tuple(grads), upstream, n, num_mixed,
             tuple(0 if grad is None else grad.stride(0) for grad in grads),
@@ -188,7 +191,6 @@ def _backward(
         )  # fmt: skip
 
     if n:
-        in_place = buffer.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
         launch_tiled(family, logits, columns, run, repeatable=not in_place)
     if buffer is not out:
         out.copy_(buffer)
