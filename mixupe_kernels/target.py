@@ -227,13 +227,12 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
         logits, target = _classes_last(logits, target, class_dim)
     rows = logits if logits.dim() == 2 else as_rows(logits)
     count, transformed = rows.shape[0], ops.is_transformed(logits)
-    if isinstance(target, Tensor):
-        return Parsed(rows, _plain_target(target, logits), count, 0, 0.0, transformed)
     if isinstance(target, MixedTarget):
-        labels, partner_labels, lam = target.labels, target.partner_labels, target.lam
-        num_mixed, num_reg, reg_weight = target.num_mixed, target.num_reg, target.reg_weight
+        labels, partner_labels, lam, num_mixed, num_reg, reg_weight = target
         if logits.dim() != 2 or not type(num_mixed) is type(num_reg) is int:
             num_mixed, num_reg = _row_counts(target, logits, count)
+    elif isinstance(target, Tensor):
+        return Parsed(rows, _plain_target(target, logits), count, 0, 0.0, transformed)
     else:
         labels, partner_labels, lam = _triple(target)
         num_mixed, num_reg, reg_weight = count, 0, 0.0

@@ -39,7 +39,8 @@ def _loss(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, parts), by one fused operator, or by the composition where more than the logits is differentiated.
 
-    Parts are None under a transform of torch.func: its tensors are not to be looked at after it.
+    Parts are None under a transform of torch.func, whose tensors are not to be looked at after it, and for an exported
+    program, which keeps nothing on a module.
     """
     if options.sigmoid:
         check_multilabel(parsed.target)
@@ -56,7 +57,7 @@ def _loss(
             loss, parts = ops.fused_loss(parsed.rows, parsed.target, arguments, options.inplace_backward)
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None
-    return loss, None if parsed.transformed else parts
+    return loss, None if parsed.transformed or torch.compiler.is_exporting() else parts
 
 
 def mixupe_loss(
@@ -95,7 +96,8 @@ def mixupe_loss(
             cross-entropy is the sum over classes of the binary ones.
         inplace_backward: write the gradient over the logits instead of into a new tensor: N·C elements less at the
             peak. The logits hold their own gradient afterwards. Autograd refuses to go on if another operation needs
-            their values; leaves and second derivatives are refused here.
+            their values; leaves and second derivatives are refused here. torch.compile, which plans its memory itself,
+            leaves the logits alone.
         class_dim: the classes' dimension, of logits and soft targets: 1 for images of logits (N, C, H, W) with (N, H, W)
             labels, as in :func:`torch.nn.functional.cross_entropy`. Logits with another than the last are copied.
 
@@ -172,8 +174,7 @@ class MixupELoss(nn.Module):
         if eta is None:
             eta = kept(self._eta, key, functools.partial(self._make_eta, *key))
         loss, parts = _loss(logits, target, parsed, eta, self.options, q)
-        # An exported program keeps nothing on a module.
-        self._last[:] = [] if parts is None or torch.compiler.is_exporting() else [parts]
+        self._last[:] = [] if parts is None else [parts]
         return loss
 
     def _make_eta(self, device: torch.device, dtype: torch.dtype) -> Tensor:

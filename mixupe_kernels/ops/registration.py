@@ -97,7 +97,8 @@ class _Differentiable(NamedTuple):
 def differentiable(operator: Operator, *inputs: str) -> Callable[[type], type]:
     """Make a class of setup_context and backward the ``operator``'s Function, which has forward mode if it has a jvp.
 
-    ``inputs`` are the arguments it is differentiable in: a gradient of others is refused. ``jvp`` takes what ``keep`` kept and the tangents. A ``vmap`` of its own does better than a loop.
+    ``inputs`` are the arguments it is differentiable in: a gradient of others is refused. ``jvp`` takes what ``keep`` kept
+    and the tangents. A ``vmap`` of its own does better than a loop.
     """
 
     def register(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
