@@ -130,9 +130,9 @@ def ids(ids: Tensor, labels: Tensor) -> None:
     same_device("ids", ids, "labels", labels)
 
 
-def has_tangent(*values: Tensor | None) -> bool:
-    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating one of the values."""
-    return any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in values)
+def has_tangent(value: Tensor) -> bool:
+    """Whether forward mode, of ``forward_ad`` or ``torch.func.jvp``, is differentiating the value."""
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def no_gradient(destination: str, **tensors: Tensor) -> None:

@@ -49,7 +49,6 @@ def entries_to_mix(
         if key not in entries:
             raise ValueError(f"keys must name entries of x ({', '.join(map(repr, entries))}), got {key!r}")
         value = chosen[key] = checks.tensor(f"x[{key!r}]", entries[key])
-        checks.strided(f"x[{key!r}]", value)
         if value.dim() == 0 or value.shape[0] != batch:
             raise ValueError(f"x[{key!r}] must have {batch} rows, as labels have, got shape {tuple(value.shape)}")
     return chosen
@@ -130,7 +129,6 @@ def check_buffer(name: str, out: Any, x: Tensor, rows: int, dtypes: Sequence[tor
         TypeError, ValueError: if it has another kind, device, shape or dtype, shares memory with itself, or requires a gradient.
     """
     checks.tensor(name, out)
-    checks.strided(name, out)
     checks.same_device(name, out, "x", x)
     checks.no_gradient("out", **{name: out})
     if out.dim() != x.dim() or out.shape[0] < rows or out.shape[1:] != x.shape[1:]:

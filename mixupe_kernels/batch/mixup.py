@@ -257,7 +257,6 @@ class Mixup:
         if not isinstance(draw, Draw):
             raise TypeError(f"draw must be what Mixup.draw returned, got {type(draw).__name__}")
         checks.tensor("x", x)
-        checks.strided("x", x)
         if x.dim() == 0 or x.shape[0] != draw.batch:
             raise ValueError(f"x must have the {draw.batch} rows that were drawn for, got shape {tuple(x.shape)}")
         if x.dtype is not torch.uint8:

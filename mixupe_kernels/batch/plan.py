@@ -280,13 +280,7 @@ class Plan:
         maps = labels.dim() > 1 and not labels.is_floating_point()
         if maps:  # a label map is cut as its image is, so its λ is that of the pixels outside
             lam = pixel_lam
-        rows, num_mixed, num_reg = None, batch, 0
-        reg_weight: Tensor | float = 0.0
-        if clean is not None:
-            rows, num_mixed, num_reg = clean.layout(batch, device, source)
-            reg_weight = self.reg_weight
-            if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
-                reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
+        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device, source, clean)
         partner = None
         if self._pair is not pairings.flip:
             partner = self._pair(batch, source, device, labels, ids)
@@ -310,6 +304,18 @@ class Plan:
             own = torch.where(ops.reference.inside_box(box, own), other, own)
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
         return Draw(batch, partner, pixel_lam, target, rows=rows, box=box)
+
+    def _layout(
+        self, batch: int, device: torch.device, source: Source, clean: CleanRows | None
+    ) -> tuple[Tensor | None, int, int, Tensor | float]:
+        """The samples that become rows (None for all, in their order), the counts of mixed and regularized rows, and w."""
+        if clean is None:
+            return None, batch, 0, 0.0
+        if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
+            return *clean.layout(batch, device, source), torch.ones(
+                (), dtype=torch.float32, device=device
+            ) * self._reg_weight
+        return *clean.layout(batch, device, source), self.reg_weight
 
     def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
         """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""
@@ -360,13 +366,7 @@ class Plan:
         if self._own_pairing:
             others = [pairings.check(partner, batch, device) for partner in others]
         index = torch.stack([sequence(batch, device), *others], 1)
-        rows, num_mixed, num_reg = None, batch, 0
-        reg_weight: Tensor | float = 0.0
-        if clean is not None:
-            rows, num_mixed, num_reg = clean.layout(batch, device, source)
-            reg_weight = self.reg_weight
-            if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
-                reg_weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
+        rows, num_mixed, num_reg, reg_weight = self._layout(batch, device, source, clean)
         if rows is not None:
             mixed, unmixed = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]
