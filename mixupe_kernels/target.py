@@ -135,10 +135,12 @@ _from_fields = MixedTarget.__new__
 
 
 @functools.wraps(_from_fields)  # the signature, for help and completion
-def _from_fields_or_iterable(cls, *args, **kwargs) -> MixedTarget:
-    if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
-        args = tuple(args[0])  # what containers do: type(value)(element for element in value)
-    return _from_fields(cls, *args, **kwargs)
+def _from_fields_or_iterable(cls, labels, *others, **named) -> MixedTarget:
+    if len(others) == 5 and not named:
+        return tuple.__new__(cls, (labels, *others))  # as _from_fields does; every step makes one
+    if not others and not named and not isinstance(labels, Tensor):
+        return cls._make(labels)  # what containers do: type(value)(element for element in value)
+    return _from_fields(cls, labels, *others, **named)
 
 
 MixedTarget.__new__ = _from_fields_or_iterable  # type: ignore[method-assign, assignment]  # NamedTuple lets no body define it
@@ -201,17 +203,7 @@ class Parsed(NamedTuple):
             or weight.requires_grad
         ):
             weight = as_scalar("target.reg_weight", weight, eta)
-        return LossArguments(
-            eta,
-            weight,
-            self.num_mixed,
-            self.num_reg,
-            options.penalty,
-            options.threshold,
-            options.rescale,
-            options.label_smoothing,
-            options.sigmoid,
-        )
+        return LossArguments(eta, weight, self.num_mixed, self.num_reg, *options.of_loss)
 
 
 def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed:
@@ -364,9 +356,9 @@ _scalars: dict[Hashable, Tensor] = {}
 def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A non-negative number as a 0-d tensor of the compute dtype beside ``like``. Numbers are converted once."""
     compute, device = torch.float64 if like.dtype is torch.float64 else torch.float32, like.device
-    key = (value, compute, device) if type(value) is float else None
-    if key in _scalars and not torch.compiler.is_compiling():
-        return _scalars[key]
+    found = _scalars.get((value, compute, device)) if type(value) is float else None
+    if found is not None and not torch.compiler.is_compiling():
+        return found
     if isinstance(value, Tensor):
         if value.dim():
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")

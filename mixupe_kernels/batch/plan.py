@@ -14,7 +14,7 @@ from ..target import MixedTarget
 from . import cutmix, sampling
 from . import pairing as pairings
 from .labels import one_hot
-from .progress import Progress
+from .progress import ONE, Progress
 from .randomness import Source, Stream
 from .schedule import LinearRamp
 
@@ -120,9 +120,7 @@ class CleanRows:
         order = pairings.random(batch, source, device)
         if self.split:
             return Layout(order, batch - count, count)
-        rows = torch.arange(batch + count, device=device)
-        rows[batch:] = order[:count]
-        return Layout(rows, batch, count)
+        return Layout(torch.cat([torch.arange(batch, device=device), order[:count]]), batch, count)
 
 
 class Plan:
@@ -251,7 +249,7 @@ class Plan:
             draw = self._draw_many(labels, ids, source, clean)
         else:
             draw = self._draw_pairs(labels, ids, image_size, source, clean)
-        self.progress.own.add_(1)
+        self.progress.own.add_(ONE)  # a number would be made a tensor first: 2.5 against 0.9 µs
         self.progress.phase = self.progress.phase.next
         return draw
 

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 MAX_WORKERS = 1024
+ONE = torch.ones(1, dtype=torch.float64, device="cpu")  # what a batch adds to ``Progress.own``
 _EPOCH, _ENABLED, _STEPS = 0, 1, 2  # what the shared numbers are; a worker's count follows at _STEPS + 1 + its id
 
 

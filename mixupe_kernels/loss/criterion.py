@@ -148,7 +148,7 @@ class MixupELoss(nn.Module):
         self.options = Options.check(
             penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
         )
-        self._last: list[Tensor] = []  # not an attribute of its own: nn.Module takes 2 µs to set one to a tensor
+        self._last: list[Tensor | None] = [None]  # no attribute of its own: nn.Module takes 2 µs to set one to a tensor
 
     @property
     def eta(self) -> float:
@@ -158,14 +158,15 @@ class MixupELoss(nn.Module):
     @eta.setter
     def eta(self, value: float) -> None:
         self._eta_value = checks.non_negative("eta", value)
-        for tensor in self._eta.values():
-            tensor.fill_(self._eta_value)
+        # On the CPU a new one is made: another backward of an earlier loss needs the old.
+        self._eta = {key: tensor.fill_(self._eta_value) for key, tensor in self._eta.items() if not tensor.is_cpu}
 
     @property
     def last(self) -> LossParts | None:
         """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first, and after one under a transform of
         torch.func."""
-        return LossParts(*self._last[0][:3].unbind()) if self._last else None
+        parts = self._last[0]
+        return None if parts is None else LossParts(*parts[:3].unbind())
 
     def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
         parsed = parse(logits, target, self.options.class_dim)
@@ -173,8 +174,7 @@ class MixupELoss(nn.Module):
         eta = self._eta.get(key)
         if eta is None:
             eta = kept(self._eta, key, functools.partial(self._make_eta, *key))
-        loss, parts = _loss(logits, target, parsed, eta, self.options, q)
-        self._last[:] = [] if parts is None else [parts]
+        loss, self._last[0] = _loss(logits, target, parsed, eta, self.options, q)
         return loss
 
     def _make_eta(self, device: torch.device, dtype: torch.dtype) -> Tensor:

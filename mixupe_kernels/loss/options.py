@@ -12,13 +12,14 @@ ACTIVATIONS = ("softmax", "sigmoid")
 
 
 class Options(NamedTuple):
-    """Checked options of the loss. A ``function`` of the caller's takes the place of the penalty of that number."""
+    """Checked options of the loss.
 
-    penalty: int
+    ``of_loss`` are the last of ``LossArguments``. A ``function`` of the caller's takes the place of their penalty.
+    """
+
+    of_loss: tuple
     function: Callable[[Tensor], Tensor] | None
     rescale: bool
-    threshold: float
-    label_smoothing: float
     sigmoid: bool
     inplace_backward: bool
     class_dim: int
@@ -31,13 +32,16 @@ class Options(NamedTuple):
         if inplace_backward and function is not None:
             raise ValueError("inplace_backward must be False with a penalty that is a function")
         names = tuple(PENALTIES)
+        number = 0 if function else names.index(checks.choice("penalty", penalty, names))
+        rescale = checks.boolean("rescale", rescale)
+        threshold = checks.number("threshold", threshold, "a number", lambda value: True)
+        smoothing = checks.fraction("label_smoothing", label_smoothing)
+        sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
         return Options(
-            0 if function else names.index(checks.choice("penalty", penalty, names)),
+            (number, threshold, rescale, smoothing, sigmoid),
             function,
-            checks.boolean("rescale", rescale),
-            checks.number("threshold", threshold, "a number", lambda value: True),
-            checks.fraction("label_smoothing", label_smoothing),
-            checks.choice("activation", activation, ACTIVATIONS) == "sigmoid",
+            rescale,
+            sigmoid,
             checks.boolean("inplace_backward", inplace_backward),
             checks.integer("class_dim", class_dim),
         )

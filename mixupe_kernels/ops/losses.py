@@ -274,10 +274,8 @@ class _LossWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, arguments):
         loss, parts, ctx.gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)
-        ctx.save_for_backward(logits, *target, parts)
+        ctx.save_for_backward(logits, *target, arguments.eta, arguments.reg_weight)
         ctx.arguments = arguments
-        # As numbers: their owner may rewrite them before another backward, which is of what they were.
-        ctx.weights = arguments.eta.item(), arguments.reg_weight.item()
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         return loss, parts
@@ -288,13 +286,11 @@ class _LossWithGradient(torch.autograd.Function):
             return None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None or torch.is_grad_enabled():
-            logits, labels, partner_labels, lam, parts = ctx.saved_tensors
-            target = RowTarget(labels, partner_labels, lam)
-            eta, weight = (torch.full_like(ctx.arguments.eta, number) for number in ctx.weights)
-            arguments = ctx.arguments._replace(eta=eta, reg_weight=weight)
+            logits, labels, partner_labels, lam, *_ = ctx.saved_tensors  # none rewritten since, autograd sees to it
+            target, arguments = RowTarget(labels, partner_labels, lam), ctx.arguments
             if torch.is_grad_enabled():  # a second derivative is one of a function of the logits
-                _, _, signed_entropy, lse = below_autograd(mixupe_loss_op, logits, *target, *arguments)
-                stats = LossStats(parts, signed_entropy, lse)
+                _, *stats = below_autograd(mixupe_loss_op, logits, *target, *arguments)
+                stats = LossStats(*stats)
                 return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward()), None, None
             _, _, gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)  # the bits of the first
         return gradient if _is_one(grad) else gradient * grad, None, None

@@ -199,11 +199,8 @@ def below_autograd(operator: Operator, *args) -> Any:
 
 def untransformed(function: type[torch.autograd.Function], operator: Operator, args: tuple) -> Any:
     """``operator(*args)`` where no transform is active: by its ``function``, or its kernel if nothing is differentiated."""
-    differentiated = forward_ad._current_level >= 0
-    if torch.is_grad_enabled():
-        for value in args:
-            differentiated = differentiated or (isinstance(value, Tensor) and value.requires_grad)
-    if differentiated:
+    # Nothing public asks all arguments at once: a loop takes 1.2 µs for the nine of mix.
+    if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
         return function.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
@@ -211,6 +208,7 @@ def untransformed(function: type[torch.autograd.Function], operator: Operator, a
 
 # Whether a transform of torch.func is active: an ``autograd.Function`` then has to be written for it. Nothing public tells.
 transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def in_backward() -> bool:
@@ -228,7 +226,7 @@ def is_transformed(value: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():  # no such tensor gets into a graph
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return _is_wrapped(value)
 
 
 def _in_forward_mode(jvp: Callable) -> Callable:
