@@ -31,7 +31,7 @@ class Ratio(NamedTuple):
 
 
 def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The order of each round, the same in every run: drawn anew, so that no contender always follows the same other one,
+    """The order of each round, the same in every run: drawn for each, so that no contender always follows the same other one,
     which made of two that do the same work one 2 % slower."""
     source = random.Random(0)
     for _ in range(rounds):

@@ -63,7 +63,7 @@ struct Tiling {
   int64_t sample, rows, tile, rows_per_chunk, chunks, tiles;
 
   Tiling(int64_t sample_size, int64_t row_count, int64_t element_size) : sample(sample_size), rows(row_count) {
-    // Tiles of one length, lest the threads' shares differ, in whole cache lines.
+    // Tiles of one length in whole cache lines, so that the threads' shares are equal.
     tiles = std::max<int64_t>(1, (sample * element_size + tile_bytes - 1) / tile_bytes);
     tile = std::max<int64_t>(1, ((sample + tiles - 1) / tiles + 63) / 64 * 64);
     tiles = std::max<int64_t>(1, (sample + tile - 1) / tile);
