@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mixupe_kernels.ops import RowGradients, RowOptions, RowStats, RowTarget, reference
+from mixupe_kernels.ops import Mixing, RowGradients, RowOptions, RowStats, RowTarget, reference
 
 CHUNK = 1 << 24  # values at a time
 
@@ -54,7 +54,7 @@ def mix_error(
         pair = torch.cat([x[rows[part]], x[partner[part]]]).double()
         count = pair.shape[0] // 2
         first = torch.arange(count, device=x.device)
-        deviation.add(out[part], reference.mix(pair, first + count, lam[part], first, *channel))
+        deviation.add(out[part], reference.mix(pair, Mixing(first + count, lam[part], first, *channel)))
     return deviation.value
 
 

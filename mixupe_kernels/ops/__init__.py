@@ -1,6 +1,6 @@
 """``torch.ops.mixupe.*`` and the public functions over them. Importing this declares every operator."""
 
-from .arguments import LossArguments, LossStats, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
+from .arguments import LossArguments, LossStats, Mixing, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
 from .losses import ce_entropy, ce_entropy_backward, fused_loss
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
 from .registration import call, in_backward, is_transformed, operators
@@ -8,6 +8,7 @@ from .registration import call, in_backward, is_transformed, operators
 __all__ = [
     "LossArguments",
     "LossStats",
+    "Mixing",
     "RowGradients",
     "RowOptions",
     "RowOutputs",

@@ -224,9 +224,22 @@ def check_box(box: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"box needs x of shape (B, ..., H, W), got {tuple(x.shape)}")
 
 
-def check_together(scale: Tensor | None, shift: Tensor | None) -> None:
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift must be given together")
+class Mixing(NamedTuple):
+    """How N rows are made of samples x: λ_i f(x[rows_i]) + (1 - λ_i) f(x[partner_i]), f(v) = v·scale + shift per channel (dim 1).
+
+    ``partner`` is (N,) int64, None for the flip of all samples; ``lam`` 0-d or (N,); ``rows`` (N,) int64, None for all in
+    their order; ``scale`` and ``shift`` are one number a channel, None for x as it is.
+    """
+
+    partner: Tensor | None
+    lam: Tensor
+    rows: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def check(self) -> None:
+        if (self.scale is None) != (self.shift is None):
+            raise ValueError("scale and shift must be given together")
 
 
 _SCHEMA_TYPES = {

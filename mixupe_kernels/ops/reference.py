@@ -17,6 +17,7 @@ from .arguments import (
     LossArguments,
     LossBackwardOptions,
     LossStats,
+    Mixing,
     RowGradients,
     RowOptions,
     RowOutputs,
@@ -24,7 +25,6 @@ from .arguments import (
     RowTarget,
     check_box,
     check_logits,
-    check_together,
     check_upstream,
 )
 
@@ -53,11 +53,7 @@ def inside_box(box: Tensor, x: Tensor) -> Tensor:
 
 def mix(
     x: Tensor,
-    partner: Tensor | None,
-    lam: Tensor,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    mixing: Mixing,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     box: Tensor | None = None,
@@ -68,7 +64,8 @@ def mix(
     al., 2019) λ is 0 for every row: (4,) int64 of top, bottom, left and right in the last two dimensions.
     """
     check_box(box, x)
-    check_together(scale, shift)
+    mixing.check()
+    partner, lam, rows, scale, shift = mixing
     compute = accumulate_dtype(x.dtype)
     rows = rows_of(x, rows)
     partner = partner_of(x, partner, rows)
@@ -86,19 +83,9 @@ def mix(
     return out.contiguous(memory_format=memory_format or row_format(x))
 
 
-def mix_out(
-    x: Tensor,
-    partner: Tensor | None,
-    lam: Tensor,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    box: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
+def mix_out(x: Tensor, mixing: Mixing, box: Tensor | None = None, *, out: Tensor) -> None:
     """``mix`` into a caller's buffer; ``out`` may be ``x`` itself when partner is None (flip)."""
-    out.copy_(mix(x, partner, lam, rows, scale, shift, out.dtype, box=box))
+    out.copy_(mix(x, mixing, out.dtype, box=box))
 
 
 def mixed_target(

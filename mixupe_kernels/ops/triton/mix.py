@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import row_format
-from ..arguments import check_box, check_together
+from ..arguments import Mixing, check_box
 from .launch import Tile, device_of, launch_tiled
 
 
@@ -146,32 +146,23 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous(memory_format=memory_format) else x.contiguous(memory_format=memory_format)
 
 
-def mix_out(
-    x: Tensor,
-    partner: Tensor | None,
-    lam: Tensor,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    box: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
+def mix_out(x: Tensor, mixing: Mixing, box: Tensor | None = None, *, out: Tensor) -> None:
     """``mix`` into ``out``, (n, ...) of any dtype, in one launch; as ``reference.mix_out``.
 
     ``out`` may be ``x`` itself when partner is None and rows are not chosen. Samples with a partner, row or λ out of
     range become NaN.
     """
     check_box(box, x)
-    check_together(scale, shift)
+    mixing.check()
     dense = dense_rows(out)
     if dense is not out:
-        mix_out(x, partner, lam, rows, scale, shift, box, out=dense)
+        mix_out(x, mixing, box, out=dense)
         out.copy_(dense)
         return
     if out.numel() == 0:
         return
     x = dense_rows(x)
+    partner, lam, rows, scale, shift = mixing
     n, size = out.shape[0], out[0].numel()
     x_last, out_last = is_channels_last(row_format(x)), is_channels_last(row_format(out))
     shape = {
@@ -205,24 +196,20 @@ def mix_out(
 
 def mix(
     x: Tensor,
-    partner: Tensor | None,
-    lam: Tensor,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    mixing: Mixing,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     box: Tensor | None = None,
 ) -> Tensor:
     """The mixed batch in one launch, normalised, cast and laid out on the way; as ``reference.mix``."""
-    count = x.shape[0] if rows is None else rows.shape[0]
+    count = x.shape[0] if mixing.rows is None else mixing.rows.shape[0]
     out = torch.empty(
         (count, *x.shape[1:]),
         dtype=dtype or x.dtype,
         device=x.device,
         memory_format=memory_format or row_format(x),
     )
-    mix_out(x, partner, lam, rows, scale, shift, box, out=out)
+    mix_out(x, mixing, box, out=out)
     return out
 
 
