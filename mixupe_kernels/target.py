@@ -25,7 +25,8 @@ class MixedTarget(NamedTuple):
 
     Attributes:
         labels: (N,) int64 classes, or (N, C) soft labels, of the rows' own samples.
-        partner_labels: the same, of the samples they are mixed with.
+        partner_labels: the same, of the samples they are mixed with. A class of -100 is ignored; beside soft labels,
+            (N,) int64 of -100 say that of each row only the share λ, of those labels, is not.
         lam: (N,) float32 in [0, 1], the weight of the own sample.
         num_mixed: rows of the mixup loss.
         num_reg: rows of the regularizer.
@@ -150,15 +151,15 @@ torch.serialization.add_safe_globals([MixedTarget])
 def dense(labels: Tensor, partner_labels: Tensor, lam: Tensor, num_classes: int, label_smoothing: float) -> Tensor:
     checks.positive_int("num_classes", num_classes)
     label_smoothing = checks.fraction("label_smoothing", label_smoothing)
-    lam = lam.float()
+    lam = lam.float().expand(labels.shape[0])
     if labels.dim() > (2 if labels.is_floating_point() else 1):
         raise ValueError(f"labels must be (N,) classes or (N, C) soft labels to be dense, got {tuple(labels.shape)}")
     if labels.is_floating_point():
         checks.shape("labels", labels, (labels.shape[0], num_classes))
-        soft = torch.lerp(partner_labels.float(), labels.float(), lam.reshape(-1, 1))
-        return soft * (1 - label_smoothing) + label_smoothing / num_classes
+        soft, _, share = _soft_target(labels, partner_labels, lam, labels, ops.is_transformed(labels))
+        soft = soft * (1 - label_smoothing) + label_smoothing / num_classes
+        return soft if share is None else soft * share.unsqueeze(1)
     rows = labels.new_empty((labels.shape[0], num_classes), dtype=torch.float32, device=labels.device)
-    lam = lam.expand(labels.shape[0])
     target = RowTarget(labels, partner_labels, lam)
     target.check_values(num_classes, IGNORE_INDEX)
     return reference.dense_target(rows, target, RowOptions(label_smoothing=label_smoothing))
@@ -233,8 +234,9 @@ def parse(logits: Tensor, target: Tensor | tuple, class_dim: int = -1) -> Parsed
     if not usual or labels.is_nested or partner_labels.is_nested or lam.is_nested:
         lam = _check_parts(labels, partner_labels, lam).to(compute)
     if labels.is_floating_point():
-        mixed = _mixed_soft_labels(labels, partner_labels, lam, logits, transformed)
-        row_target = RowTarget(mixed if logits.dim() == 2 else mixed.reshape(-1, rows.shape[1]))
+        soft, _, share = row_target = _soft_target(labels, partner_labels, lam, logits, transformed)
+        if logits.dim() != 2:
+            row_target = RowTarget(soft.reshape(-1, rows.shape[1]), None, None if share is None else share.reshape(-1))
     elif logits.dim() == 2:
         row_target = RowTarget(labels, partner_labels, lam)
     else:
@@ -262,8 +264,7 @@ def _classes_last(logits: Tensor, target: Tensor | tuple, class_dim: int) -> tup
         return labels.movedim(class_dim, -1) if soft else labels
 
     if isinstance(target, MixedTarget):
-        both = {"labels": moved(target.labels), "partner_labels": moved(target.partner_labels)}
-        target = target._replace(**both)
+        target = target._replace(labels=moved(target.labels), partner_labels=moved(target.partner_labels))
     elif isinstance(target, Tensor):
         target = moved(target)
     elif isinstance(target, tuple | list):
@@ -324,25 +325,32 @@ def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:
     return lam.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
 
 
-def _mixed_soft_labels(
-    labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor, transformed: bool
-) -> Tensor:
+def _soft_target(labels: Tensor, partner_labels: Tensor, lam: Tensor, logits: Tensor, transformed: bool) -> RowTarget:
+    """The mixture of soft labels; or labels of which only the share λ is not ignored."""
+    mixed = partner_labels.dim() == labels.dim()
     if not labels.shape == partner_labels.shape == logits.shape:
         checks.shape("target.labels", labels, logits.shape)
-        checks.shape("target.partner_labels", partner_labels, labels.shape)
+        checks.shape("target.partner_labels", partner_labels, labels.shape if mixed else labels.shape[:-1])
     if not labels.device == partner_labels.device == lam.device == logits.device:
         for name, part in (("labels", labels), ("partner_labels", partner_labels), ("lam", lam)):
             checks.same_device(f"target.{name}", part, "logits", logits)
     if not transformed and not torch.compiler.is_compiling():  # neither has values to look at
         check_range("target.lam", lam, 0, 1, "in [0, 1]")
+        if not mixed:
+            ignored = f"{IGNORE_INDEX} beside soft labels"
+            check_range("target.partner_labels", partner_labels, IGNORE_INDEX, IGNORE_INDEX, ignored)
     weight = lam if lam.shape == labels.shape[:-1] else _lam_of(lam, labels[..., 0])
-    return torch.lerp(partner_labels.to(lam.dtype), labels.to(lam.dtype), weight.unsqueeze(-1))
+    if not mixed:
+        return RowTarget(labels.to(lam.dtype), None, weight)
+    return RowTarget(torch.lerp(partner_labels.to(lam.dtype), labels.to(lam.dtype), weight.unsqueeze(-1)))
 
 
-def is_learned(target: RowTarget) -> bool:
-    """Whether the target is differentiated, too."""
-    lam = target.lam
-    return (target.labels.requires_grad or (lam is not None and lam.requires_grad)) and torch.is_grad_enabled()
+def is_composed(target: RowTarget) -> bool:
+    """Whether the target is more than the fused loss takes: differentiated, too, or dense of rows ignored in part."""
+    labels, lam = target.labels, target.lam
+    if lam is None:
+        return labels.requires_grad and torch.is_grad_enabled()
+    return labels.dim() == 2 or (lam.requires_grad and torch.is_grad_enabled())
 
 
 def check_multilabel(target: RowTarget) -> None:

@@ -4,25 +4,30 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import check_range
+from ..conventions import IGNORE_INDEX, check_range
 from ..target import check_labels, dense
 
 
-def one_hot(labels: Tensor, num_classes: int | None) -> Tensor:
-    """(B, C) float32 of class indices, or of soft labels as they are.
+def one_hot(labels: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor | None]:
+    """(B, C) float32 of class indices, and which are not ignored, (B,) bool; of soft labels these as they are, and None.
 
-    Raises:
-        ValueError: for an ignored label: a dense target has no way to say that its row is in no mean.
+    The row of an ignored label is 0.
     """
     if labels.is_floating_point():
-        return labels.float()
+        return labels.float(), None
     if num_classes is None:
         raise ValueError("num_classes must be given with num_samples > 2 and class labels, got None")
+    kept = labels != IGNORE_INDEX
+    labels = labels.where(kept, 0)
     if not torch.compiler.is_compiling():  # a graph leaves it to scatter's own check
-        expected = f"a class in [0, {num_classes - 1}] with num_samples > 2, which can ignore none"
-        check_range("labels", labels, 0, num_classes - 1, expected)
+        check_range("labels", labels, 0, num_classes - 1, f"a class in [0, {num_classes - 1}]")
     rows = torch.zeros(labels.shape[0], num_classes, dtype=torch.float32, device=labels.device)
-    return rows.scatter_(1, labels.unsqueeze(1), 1.0)
+    return rows.scatter_(1, labels.unsqueeze(1), kept.unsqueeze(1).float()), kept
+
+
+def share_of_kept(weights: Tensor, kept: Tensor) -> Tensor:
+    """Of rows' weights (N, K) those of the samples whose labels are not ignored, (N,): 1 exactly where all are that count."""
+    return torch.where((kept | (weights == 0)).all(1), 1.0, (weights * kept).sum(1))
 
 
 def mix_labels(

@@ -62,7 +62,8 @@ class Mixup:
         lam_distribution: where λ comes from instead of Beta(alpha, beta): one of :mod:`mixupe_kernels.sampling`, or a
             function (see :class:`mixupe_kernels.sampling.Custom`).
         num_samples: mix K >= 2 samples, with weights ~ Dirichlet(alpha, ..., alpha) (mixup, §2). Above 2 the target is
-            dense, class labels need ``num_classes``, and ``out`` is not taken.
+            dense, class labels need ``num_classes``, and ``out`` is not taken. Ignored labels (-100) leave the loss with their
+            weights, as with two: the target of classes has λ, the share of a row's weights that stays, and partner_labels of -100.
         num_classes: C, for ``num_samples`` > 2.
         cutmix_alpha: alternate with CutMix (Yun et al., 2019) of λ ~ Beta(cutmix_alpha, cutmix_alpha), > 0; never if
             None. One box a batch; λ is corrected to its true area.

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .. import checks, ops
-from ..conventions import constant, sequence
+from ..conventions import IGNORE_INDEX, constant, sequence
 from ..target import MixedTarget
 from . import cutmix, sampling
 from . import pairing as pairings
-from .labels import one_hot
+from .labels import one_hot, share_of_kept
 from .progress import ONE, Progress
 from .randomness import Source, Stream
 from .schedule import LinearRamp
@@ -352,7 +352,7 @@ class Plan:
     def _draw_many(self, labels: Tensor, ids: Tensor | None, source: Source, clean: CleanRows | None) -> Draw:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
-        soft = one_hot(labels, self.num_classes)
+        soft, kept = one_hot(labels, self.num_classes)
         own = (sequence(terms, device) == 0).to(torch.float32)
         weights = own
         if isinstance(self.law, sampling.Dirichlet):  # else alpha is 0
@@ -369,14 +369,18 @@ class Plan:
             mixed, unmixed = rows[:num_mixed], rows[num_mixed:]
             weights, index = weights[mixed], index[mixed]
         dense = (weights.unsqueeze(-1) * soft[index]).sum(1)
+        share = weights.new_ones(num_mixed) if kept is None else share_of_kept(weights, kept[index])
         weights, index = weights.reshape(-1), index.reshape(-1)
         offsets = sequence(num_mixed + 1, device) * terms
         if rows is not None:
             dense = torch.cat([dense, soft[unmixed]])
+            share = torch.cat([share, weights.new_ones(unmixed.shape[0]) if kept is None else kept[unmixed].float()])
             index = torch.cat([index, unmixed])
             weights = torch.cat([weights, weights.new_ones(unmixed.shape[0])])
             offsets = torch.cat([offsets, sequence(unmixed.shape[0], device) + (num_mixed * terms + 1)])
-        lam = weights.new_ones(dense.shape[0])
-        return Draw(
-            batch, index, weights, MixedTarget(dense, dense, lam, num_mixed, num_reg, reg_weight), rows, offsets
-        )
+        other = dense
+        if kept is not None:
+            dense = dense / share.where(share > 0, 1.0).unsqueeze(1)
+            other = torch.full_like(share, IGNORE_INDEX, dtype=torch.int64)
+        target = MixedTarget(dense, other, share, num_mixed, num_reg, reg_weight)
+        return Draw(batch, index, weights, target, rows, offsets)

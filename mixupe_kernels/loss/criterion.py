@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, debug, ops
 from ..conventions import accumulate_dtype, kept
-from ..target import Parsed, as_scalar, check_multilabel, is_learned, parse, renamed
+from ..target import Parsed, as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
 from .options import Options
 
@@ -48,7 +48,7 @@ def _loss(
         _check_inplace(logits, parsed.transformed)
     arguments = parsed.arguments(eta, options)
     try:
-        composed = parsed.transformed or q is not None or options.function is not None or is_learned(parsed.target)
+        composed = parsed.transformed or q is not None or options.function is not None or is_composed(parsed.target)
         if debug.ON:
             debug.ran("loss", "composed" if composed else "fused")
         if composed:

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import checks, debug, ops
 from ..conventions import PENALTIES, accumulate_dtype
 from ..ops import LossStats, RowGradients, RowOutputs, RowStats, RowTarget, reference
-from ..target import as_scalar, check_multilabel, is_learned, parse, renamed
+from ..target import as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
 from .options import Options
 
@@ -108,7 +108,7 @@ def linear_mixupe_loss(
     Logits are made, used and dropped ``chunk_rows`` rows at a time, in the forward and again in the backward. Beside the
     gradients, peak extra memory is 2·chunk_rows·C elements of the logits' dtype (a chunk and its gradient) and, where
     the logits are bfloat16 or float16, a copy of ``weight`` and float32 sums of its gradient. Under torch.func, in forward
-    mode, and with soft targets or λ that require a gradient, the logits are made all at once.
+    mode, with soft targets or λ that require a gradient, and with soft labels ignored in part, the logits are made all at once.
 
     Args:
         hidden: (N, D), floating point.
@@ -153,7 +153,7 @@ def linear_mixupe_loss(
         check_multilabel(parsed.target)
     arguments = parsed.arguments(as_scalar("eta", eta, like), options)
     try:
-        composed = ops.is_transformed(hidden) or is_learned(parsed.target)
+        composed = ops.is_transformed(hidden) or is_composed(parsed.target)
         if debug.ON:
             debug.ran("linear loss", "composed" if composed else "linear")
         if composed:

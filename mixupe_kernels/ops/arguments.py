@@ -59,7 +59,8 @@ def _check_count(name: str, count: int, rows: int) -> None:
 class RowTarget(NamedTuple):
     """The targets of N rows: (N,) int64 class indices, two of them mixed by ``lam`` (N,), or dense (N, C).
 
-    ``lam`` and dense labels have the dtype that the operator computes in.
+    ``lam`` and dense labels have the dtype that the operator computes in. Beside dense labels ``lam`` is the share of each row
+    that is not ignored: ``ops.ce_entropy`` and ``reference.kept_labels`` take it, operators do not.
     """
 
     labels: Tensor

@@ -67,6 +67,10 @@ _loss, _loss_backward = signature_of(mixupe_loss_op), signature_of(mixupe_loss_b
 
 def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> RowOutputs:
     """CE, H and lse of each row, differentiable any number of times, in either mode, in the logits, labels and λ."""
+    share = target.lam
+    if share is not None and target.labels.dim() == 2:
+        outputs = ce_entropy(logits, RowTarget(target.labels), options)
+        return outputs._replace(ce=reference.zero_where(share == 0, outputs.ce * share))
     return RowOutputs(*call(ce_entropy_op, logits, *target, *options))
 
 

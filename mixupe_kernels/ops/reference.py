@@ -233,9 +233,9 @@ def ce_entropy_backward(
 
 
 def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
-    """The share of each row's labels that is not ignored, (N,); dense targets ignore nothing."""
+    """The share of each row's labels that is not ignored, (N,)."""
     if target.is_dense():
-        return torch.ones_like(like)
+        return torch.ones_like(like) if target.lam is None else target.lam.to(like.dtype)
     own = target.labels != IGNORE_INDEX
     if target.partner_labels is None or target.lam is None:
         return own.to(like.dtype)

@@ -44,11 +44,6 @@ from .batches import CLASSES, samples, seeded
         ),
         (lambda x, y: mk.Mixup(num_samples=3, num_classes=CLASSES)(x, y - 1), ValueError, "labels must be .* -1"),
         (
-            lambda x, y: mk.Mixup(num_samples=3, num_classes=CLASSES)(x, y.where(y > 0, -100)),
-            ValueError,
-            r"labels must be a class in \[0, 4\] with num_samples > 2, which can ignore none, got -100",
-        ),
-        (
             lambda x, y: mk.mix_labels(y.view(4, 6), torch.arange(4), 0.5, CLASSES),
             ValueError,
             r"labels must have shape \(4, 5\)",
