@@ -83,3 +83,38 @@ def test_images_of_no_pixels(backend, shape, pairing):
         )
         pixels = torch.empty(shape, dtype=torch.uint8)
         assert ops.mix(pixels, torch.arange(shape[0]), half, None, scale, scale, torch.float32).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 0, 0), (4, 3, 5, 0), (4, 0, 0, 0), (1, 3, 0, 0), (4, 3, 2, 0, 0)], ids=str)
+@pytest.mark.parametrize("source", [torch.uint8, *DTYPES], ids=str)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_of_no_pixels_in_every_form(backend, shape, source, normalised, channels_last):
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if channels_last else None
+    batch, compute = shape[0], torch.float64 if source == torch.float64 else torch.float32
+    x = torch.zeros(shape, dtype=source, requires_grad=source.is_floating_point)
+    x_in = x if memory_format is None else x.contiguous(memory_format=memory_format)
+    numbers = [torch.ones(shape[1], dtype=compute)] * 2 if normalised else [None, None]
+    result = torch.float32 if source == torch.uint8 else None
+    for rows in (None, torch.arange(batch).repeat(2)):
+        count = batch if rows is None else 2 * batch
+        for partner, box in ((None, None), (torch.arange(count) % batch, torch.tensor([0, 3, 0, 2]))):
+            lam = torch.rand(count, dtype=compute, requires_grad=True)
+            out = ops.mix(x_in, partner, lam, rows, *numbers, result, memory_format, box)
+            assert out.shape == (count, *shape[1:]) and out.dtype == (result or source)
+            wanted = (x, lam) if source.is_floating_point else (lam,)
+            for value, gradient in zip(wanted, torch.autograd.grad(out.sum(), wanted), strict=True):
+                assert torch.equal(gradient, torch.zeros_like(value))
+            ops.mix_out(x_in.detach(), partner, lam.detach(), rows, *numbers, box, out=torch.empty_like(out))
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mean": (0.5,) * 3, "std": (0.25,) * 3}, {"cutmix_alpha": 1.0}], ids=str)
+def test_a_mixers_images_of_no_pixels(backend, source, options):
+    x, labels = torch.zeros(4, 3, 0, 0, dtype=source), torch.arange(4)
+    for kind in (mk.Mixup, mk.MixupE):
+        fn = kind(**options)
+        rows, target = fn(x, labels)
+        assert rows.shape == (len(target.lam), 3, 0, 0)
+        assert rows.dtype == (torch.float32 if "mean" in options else source)
+        fn(x, labels, out=torch.empty(8, 3, 0, 0, dtype=rows.dtype))
