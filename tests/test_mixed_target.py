@@ -76,6 +76,38 @@ def test_it_is_a_tuple_of_six_that_knows_its_rows():
     assert target.shape == (12, 3) and target.num_rows == 12
 
 
+def honor_type(value, elements):
+    """accelerate's way to rebuild a tuple."""
+    return type(value)(*elements) if hasattr(value, "_fields") else type(value)(elements)
+
+
+def sliced(value, part):
+    """As accelerate slices a batch that one process dispatches to all."""
+    if isinstance(value, tuple):
+        return honor_type(value, (sliced(element, part) for element in value))
+    return value[part] if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def concatenated(values):
+    """As accelerate joins such batches, by the number of their entries."""
+    if isinstance(values[0], tuple):
+        return honor_type(values[0], (concatenated([v[i] for v in values]) for i in range(len(values[0]))))
+    if not isinstance(values[0], torch.Tensor):
+        raise TypeError(f"Can only concatenate tensors but got {type(values[0])}")
+    return torch.cat(values)
+
+
+def test_code_that_knows_fields_alone_keeps_the_type_and_leaves_the_counts():
+    target = target_of()
+    assert_same(sliced(target, slice(0, 12)), target)
+    part = sliced(target, slice(0, 5))
+    assert type(part) is mk.MixedTarget and part.num_rows == 5
+    with pytest.raises(ValueError, match=r"num_mixed must be in \[0, 5\], got 8"):
+        mk.mixupe_loss(torch.randn(5, 3), part, eta=0.1)
+    with pytest.raises(TypeError, match="only concatenate tensors"):
+        concatenated([target, target])
+
+
 @pytest.mark.parametrize("counts", [(8, 4), (12, 12), (12, 0), (9, 3)])
 def test_rows_are_a_slice(counts):
     target = target_of(12, *counts)
