@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EMULATED := mixupe_kernels/_cuda_emulated.so
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
 .PHONY: demo test test-matrix lint format clean
@@ -11,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python -m bench demo
 
 # Interpreted Triton must see TRITON_INTERPRET before triton is imported, so the operators' suite runs on it in processes of its own.
-test: $(READY)
+test: $(READY) $(EMULATED)
 	$(BIN)/python -m pytest tests -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/test_triton_interpreter.py tests/test_fuzz.py -q -n 2
 
@@ -26,7 +27,7 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc)
+	$(BIN)/clang-format -i $$(git ls-files csrc | grep -v CMakeLists)
 
 # torch first and alone: the build needs it, and no build environment should fetch another one.
 $(VENV)/.installed: requirements.lock requirements/tests.lock
@@ -37,6 +38,11 @@ $(VENV)/.installed: requirements.lock requirements/tests.lock
 
 $(READY): $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# The CUDA kernels for CPU tensors (csrc/emulate): for tests, so no part of the package.
+$(EMULATED): $(READY)
+	$(BIN)/cmake --build build/package --target _cuda_emulated
 	touch $@
 
 clean:

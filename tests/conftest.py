@@ -1,7 +1,8 @@
 """Fixtures shared by all tests: which backends there are to test, and the comparison every backend is held to.
 
-A process serves the reference and the compiled backend, and on a machine with a CUDA device that device's backends. With
-TRITON_INTERPRET=1 in its environment, which Triton looks at once as it is imported, it serves interpreted Triton alone.
+A process serves the reference, the compiled backend and the emulated one, and on a machine with a CUDA device that device's
+backends. With TRITON_INTERPRET=1 in its environment, which Triton looks at once as it is imported, it serves interpreted
+Triton alone. MIXUPE_THOROUGH=1 gives slow backends every case.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from mixupe_kernels.ops import backends
 torch.set_num_threads(2)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+THOROUGH = os.environ.get("MIXUPE_THOROUGH") == "1"
 
 
 class Served(NamedTuple):
@@ -30,8 +32,15 @@ class Served(NamedTuple):
 
     @property
     def slow(self) -> bool:
-        """Whether it takes less than the whole suite: Triton interprets each program, or compiles each shape."""
-        return self.name == "triton"
+        """Whether it takes less than the whole suite: Triton interprets each program, or compiles each shape, and an
+        emulated device has one thread after the other."""
+        return self.name in ("triton", "cuda_emulated") and not THOROUGH
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it says at once which value is out of range. Triton marks what it cannot read with NaN
+        (test_triton_interpreter.py), and a device asserts (test_emulated.py)."""
+        return self.name not in ("triton", "cuda_emulated") and self.device == "cpu"
 
 
 ON_CPU = [Served(name) for name in backends.backends_for("cpu") if (name == "triton") == INTERPRETED]
@@ -57,8 +66,7 @@ def unfit(item) -> bool:
     return bool(
         (served.slow and item.get_closest_marker("thorough"))
         or (served.device != "cpu" and item.get_closest_marker("host"))
-        # Triton marks what it cannot read with NaN (test_triton_interpreter.py), and a device asserts.
-        or ((served.name == "triton" or served.device != "cpu") and item.get_closest_marker("refuses"))
+        or (not served.refuses and item.get_closest_marker("refuses"))
     )
 
 
@@ -79,11 +87,20 @@ def unwritten_is_nan():
         torch.use_deterministic_algorithms(False)
 
 
+def why_missing(name: str) -> str:
+    """Why a backend cannot be used here; nothing if it can."""
+    try:
+        with mk.use_backend(name):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
 @contextlib.contextmanager
 def serve(served: Served):
     """Run operators on the backend, with its device as the default one; skip where it is not available."""
-    if served.name not in mk.available_backends():
-        pytest.skip(f"backend {served.name} is not available: {backends.missing_backends().get(served.name)}")
+    if reason := why_missing(served.name):
+        pytest.skip(reason)
     place = torch.device(served.device) if served.device != "cpu" else unwritten_is_nan()
     with mk.use_backend(served.name), place:
         yield served.name

@@ -1,6 +1,7 @@
 """Runs tests under other versions of torch and Triton: `make test-matrix`, or `make test-matrix LEG=torch-2.10` for one.
 
-A leg has an environment of its own, made from requirements/LEG.lock and kept while that is unchanged. Its tests run in a
+A leg has an environment of its own, made from requirements/LEG.lock and kept while that is unchanged; one without such a
+file has that of development. Its tests run in a
 copy of the sources, in which a wheel's package replaces the checkout's. The torch of development builds that wheel:
 every torch must load the same libraries. A leg that says ``builds`` then tests a wheel that its own torch builds.
 """
@@ -25,11 +26,13 @@ ENVIRONMENTS = Path(os.environ.get("MIXUPE_ENVIRONMENTS") or MATRIX / "environme
 class Run(NamedTuple):
     modules: str  # of tests, or folders of them; all of them if empty
     interpreted: bool = False
+    thorough: bool = False
 
 
 class Leg(NamedTuple):
     runs: tuple[Run, ...]
     builds: bool = False
+    emulates: bool = False  # CUDA's kernels on the host
 
 
 # Operators, transforms, losses, and steps under torch.compile: what meets torch's interfaces.
@@ -41,6 +44,7 @@ LEGS = {
     "torch-2.15": Leg((TORCH,)),
     "triton-3.6": Leg(TRITON),
     "triton-3.8": Leg(TRITON),
+    "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
 }
 
 
@@ -62,6 +66,8 @@ def locked(path: Path) -> str:
 def environment(leg: str) -> Path:
     """The Python of a leg's environment, which is made if there is none for this lock file."""
     lock = ROOT / "requirements" / f"{leg}.lock"
+    if not lock.exists():
+        return Path(sys.executable)
     content = locked(lock)
     folder = ENVIRONMENTS / f"{leg}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     python, ready = folder / "bin/python", folder / ".ready"
@@ -115,6 +121,13 @@ def install(name: str, python: Path, wheel: Path) -> Path:
     return folder
 
 
+def build_emulated(python: Path, folder: Path) -> None:
+    """The library of the tests' backend ``cuda_emulated``, in the package that a leg's tests run on."""
+    build, variables = folder / "build/emulated", {**os.environ, "PATH": with_tools(python)}
+    call("cmake", "-S", folder, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={python}", env=variables)
+    call("cmake", "--build", build, "--target", "_cuda_emulated", env=variables)
+
+
 def files_of(run: Run, root: Path) -> list[Path]:
     """The files, or folders, of a run's tests, wherever below tests/ they are."""
     found = {
@@ -132,6 +145,8 @@ def run_tests(python: Path, folder: Path, run: Run) -> tuple[int, str]:
     variables = {**os.environ, "PATH": with_tools(python), "PYTHONPATH": str(folder)}
     if run.interpreted:
         variables["TRITON_INTERPRET"] = "1"
+    if run.thorough:
+        variables["MIXUPE_THOROUGH"] = "1"
     last = ""
     with subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -152,6 +167,8 @@ def main(names: list[str]) -> int:
         folder = install(name, python, development)
         if leg.builds:
             folder = install(name, python, build_wheel(python, MATRIX / name))
+        if leg.emulates:
+            build_emulated(python, folder)
         for run in leg.runs:
             status, last = run_tests(python, folder, run)
             failed |= status != 0

@@ -10,7 +10,7 @@ import pytest
 import mixupe_kernels as mk
 
 from .cases import assert_accurate
-from .conftest import INTERPRETED, ON_CPU
+from .conftest import INTERPRETED, ON_CPU, why_missing
 from .fuzz_cases import make_call
 
 CALLS = int(os.environ.get("MIXUPE_FUZZ", 300 if INTERPRETED else 2000))
@@ -27,10 +27,10 @@ def mismatches(numbers):
         peers = {index: calls[index].compute() for index in kept}
     found = []
     for served in ON_CPU:
-        if served.name == "reference" or served.name not in mk.available_backends():
+        if served.name == "reference" or why_missing(served.name):
             continue
         with mk.use_backend(served.name):
-            for index in kept:
+            for index in kept[:: 4 if served.slow and not INTERPRETED else 1]:
                 try:
                     results = calls[index].compute()
                     for result, truth, peer in zip(results, exact[index], peers[index], strict=True):

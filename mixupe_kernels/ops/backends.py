@@ -43,7 +43,7 @@ class Backend(NamedTuple):
         functions: returns operator → function of the reference's arguments; raises :class:`Unavailable`. An operator that is
             not there runs on the reference.
         on_request: dispatch keys that it serves inside ``use_backend`` only.
-        listed: whether users are told that it is missing. False for what only tests use.
+        listed: whether users are told of it. What only tests use is not, and loads when ``use_backend`` names it.
     """
 
     name: str
@@ -81,6 +81,13 @@ BACKENDS = (
     Backend("cpp", ("CPU",), lambda: _compiled("cpp", "_cpu", "CPU")),
     Backend("triton", ("CUDA",), _triton, on_request=("CPU",) if _INTERPRETED else ()),
     Backend("cuda", ("CUDA",), _cuda),
+    Backend(
+        "cuda_emulated",
+        (),
+        lambda: _compiled("cuda_emulated", "_cuda_emulated", "CPU"),
+        on_request=("CPU",),
+        listed=False,
+    ),
     Backend("reference", KEYS, _reference),
 )
 
@@ -174,7 +181,7 @@ def available_backends() -> list[str]:
     tensors (``"triton"`` on CPU tensors too, if the environment has TRITON_INTERPRET=1). A device is served by the first of
     the list that can.
     """
-    return [backend.name for backend in BACKENDS if not _why_missing(backend)]
+    return [backend.name for backend in BACKENDS if backend.listed and not _why_missing(backend)]
 
 
 def backends_for(device: torch.device | str) -> list[str]:

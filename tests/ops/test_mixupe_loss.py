@@ -37,8 +37,9 @@ def check_mixupe_loss(logits, target, counts, *, penalty=0, threshold=0.5, resca
     out = torch.full_like(dz.actual, torch.nan)
     assert ops.mixupe_loss_backward_out(grad, logits, *own, out=out) is None
     assert torch.equal(out, dz.actual)
-    # A copy with the logits' strides (a clone would be dense), overwritten by its own gradient.
-    in_place = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
+    # A copy laid out as the logits are, as sums on CUDA start from the first aligned address; overwritten by its own gradient.
+    in_place = torch.empty(logits.untyped_storage().nbytes() // logits.element_size(), dtype=logits.dtype)
+    in_place = in_place.as_strided(logits.shape, logits.stride(), logits.storage_offset()).copy_(logits)
     ops.mixupe_loss_backward_out(grad, in_place, *own, out=in_place)
     assert torch.equal(in_place, dz.actual)
     with_gradient = ops.mixupe_loss_with_gradient(*arguments)
