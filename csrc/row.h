@@ -214,7 +214,7 @@ MIXUPE_FN Labels<T> labels(long long own, long long partner, T lam, long long ig
           kept};
 }
 
-// The loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
+// The loss: L = η̂ (L_mix + γ L_clean + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9; γ as in RegMixup)
 
 // What a penalty makes of q̂, and whether H has a gradient of its own in it (or only CE, as if y - p were a constant).
 template <typename T>
@@ -260,34 +260,46 @@ MIXUPE_FN T q_hat(T ce, T entropy, T lse, T target_mass) {
   return entropy - ce + weigh(target_mass - T(1), lse);
 }
 
-// η̂ = |L_mix| / |L_mix + η R|, 1 where the denominator is 0.
+// η̂ = |L₀| / |L₀ + η R| with L₀ = L_mix + γ L_clean, 1 where the denominator is 0.
 template <typename T>
-MIXUPE_FN T rescale_factor(T mix_loss, T total) {
-  return total == T(0) ? T(1) : std::fabs(mix_loss) / std::fabs(total);
+MIXUPE_FN T rescale_factor(T cross_entropy, T total) {
+  return total == T(0) ? T(1) : std::fabs(cross_entropy) / std::fabs(total);
 }
 
-// What a loss is made of: sums of the mixed rows' CE and kept shares, of the regularized rows' penalties, and their number.
+// What a loss is made of: sums of CE and kept shares of the mixed rows and of the clean ones, sum and number of the regularized
+// rows' penalties.
 struct LossSums {
-  double mix, rows_mix, reg, rows_reg;
+  double mix, rows_mix, clean, rows_clean, reg, rows_reg;
 };
 
-// The loss, and its parts: L_mix, R, η̂, ∂L/∂CE of a row of L_mix, ∂L/∂penalty of a row of R. A mean over no rows is 0.
+// The weights of a loss: η, w and γ.
+struct LossWeights {
+  double eta, reg, clean;
+};
+
+// A loss's parts, as arguments.Parts: L_mix, L_clean, R, η̂, then ∂L/∂CE of a mixed row and of a clean one, ∂L/∂penalty of a row of R.
+enum LossPart { mix_loss, clean_loss, reg_loss, eta_hat, of_mix, of_clean, of_penalty, loss_parts };
+
+// The loss, and its parts. A mean over no rows is 0, and so is what a γ of 0 weighs, even an infinite CE.
 template <typename T>
-MIXUPE_FN T loss_of_sums(const LossSums& sums, double eta, double reg_weight, bool rescale, T* parts) {
+MIXUPE_FN T loss_of_sums(const LossSums& sums, const LossWeights& weights, bool rescale, T* parts) {
   const double per_mix = sums.rows_mix > 0 ? 1 / sums.rows_mix : 0;
-  const double per_reg = sums.rows_reg > 0 ? reg_weight / sums.rows_reg : 0;
-  const double mix = sums.mix * per_mix, reg = sums.reg * per_reg, total = mix + eta * reg;
-  const double eta_hat = rescale ? rescale_factor(mix, total) : 1;
-  parts[0] = T(mix), parts[1] = T(reg), parts[2] = T(eta_hat);
-  parts[3] = T(eta_hat * per_mix), parts[4] = T(eta_hat * eta * per_reg);
-  return T(eta_hat * total);
+  const double per_clean = sums.rows_clean > 0 ? 1 / sums.rows_clean : 0;
+  const double per_reg = sums.rows_reg > 0 ? weights.reg / sums.rows_reg : 0;
+  const double mix = sums.mix * per_mix, clean = sums.clean * per_clean, reg = sums.reg * per_reg;
+  const double cross_entropy = mix + weigh(weights.clean, clean), total = cross_entropy + weights.eta * reg;
+  const double factor = rescale ? rescale_factor(cross_entropy, total) : 1;
+  parts[mix_loss] = T(mix), parts[clean_loss] = T(clean), parts[reg_loss] = T(reg), parts[eta_hat] = T(factor);
+  parts[of_mix] = T(factor * per_mix), parts[of_clean] = T(weigh(weights.clean, factor * per_clean));
+  parts[of_penalty] = T(factor * weights.eta * per_reg);
+  return T(factor * total);
 }
 
-// Gradients of the row's CE, H and lse: `mix` is ∂L/∂CE of a row of L_mix (0 for another), `reg` ∂L/∂penalty of a row of R.
+// Gradients of the row's CE, H and lse: `ce` is ∂L/∂CE of a row of its kind, `reg` ∂L/∂penalty of a row of R.
 template <typename T>
-MIXUPE_FN RowGradient<T> loss_gradient(T mix, T reg, T slope, T target_mass, int penalty) {
+MIXUPE_FN RowGradient<T> loss_gradient(T ce, T reg, T slope, T target_mass, int penalty) {
   const T g_q = weigh(slope, reg);
-  return {mix - g_q, penalty_of(penalty, T(0), T(0)).moves_entropy ? g_q : T(0), g_q * (target_mass - T(1))};
+  return {ce - g_q, penalty_of(penalty, T(0), T(0)).moves_entropy ? g_q : T(0), g_q * (target_mass - T(1))};
 }
 
 // Mixing: λ·own + (1 - λ)·other

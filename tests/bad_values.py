@@ -176,6 +176,7 @@ def model():
 
 LOSS_OPTIONS = {
     "eta": ETA,
+    "clean_weight": NON_NEGATIVE,
     "penalty": CHOICE,
     "rescale": FLAG,
     "threshold": NUMBER,
@@ -187,6 +188,7 @@ LOSS_OPTIONS = {
 def loss_options():
     return {
         "eta": 0.1,
+        "clean_weight": 0.0,  # as mixed_target has no clean rows
         "penalty": "abs",
         "rescale": True,
         "threshold": 1.0,

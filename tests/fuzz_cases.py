@@ -133,10 +133,13 @@ def draw_mixupe_loss(draw) -> Call:
     penalty, threshold = draw.randrange(len(PENALTIES)), draw.choice([1.0, 0.0, -0.5])
     rescale, smoothing = draw.random() < 0.5, draw.choice([0.0, 0.0, 0.1])
     grad = torch.tensor(draw.choice([1, 1.7, -2]), dtype=compute)
+    gamma = draw.choice([0.0, 0.0, 0.25, 1 / 3, 3.0])
+    if counts[0] == shape[0] and counts[1]:
+        gamma = 0.0  # refused: R is of mixed rows
 
     def run(logits, labels, partner_labels, lam, eta, reg_weight, grad):
         target, tail = (labels, partner_labels, lam), (smoothing, sigmoid)
-        arguments = (logits, *target, eta, reg_weight, *counts, penalty, threshold, rescale, *tail)
+        arguments = (logits, *target, eta, reg_weight, *counts, penalty, threshold, rescale, *tail, gamma)
         loss, parts, *rows = ops.mixupe_loss(*arguments)
         dz = ops.mixupe_loss_backward(grad, logits, *target, parts, *rows, counts[0], penalty, *tail)
         return [loss, parts, *rows, dz, *ops.mixupe_loss_with_gradient(*arguments)]
@@ -152,12 +155,14 @@ def draw_mixupe_loss(draw) -> Call:
         jump = {"abs": 0.0, "threshold": threshold}.get(list(PENALTIES)[penalty], torch.nan)
         near = (q - jump).abs() <= 1e-3 * (magnitude(logits) if target[0].dim() == 2 else 1)
         parts = results[1]
-        left = (parts[0] + eta.double() * parts[1]).abs() >= 0.05 * parts[0].abs()
-        if parts[0] == 0 and parts[1].abs() <= 1e-6 * reg_weight:  # η̂ jumps from 0 to 1 where L is 0
+        mix_loss, clean_loss, reg, *_ = parts
+        cross_entropy = mix_loss + gamma * clean_loss if gamma else mix_loss
+        left = (cross_entropy + eta.double() * reg).abs() >= 0.05 * cross_entropy.abs()
+        if cross_entropy == 0 and reg.abs() <= 1e-6 * reg_weight:  # η̂ jumps from 0 to 1 where L is 0
             return False
         return not bool(near.any()) and (bool(left) or not rescale or bool(parts.isnan().any()))
 
-    options = f"{counts} {list(PENALTIES)[penalty]} {threshold} {rescale} {smoothing} sigmoid {sigmoid}"
+    options = f"γ {gamma} {counts} {list(PENALTIES)[penalty]} {threshold} {rescale} {smoothing} sigmoid {sigmoid}"
     described = f"mixupe_loss {described} {kind} η {eta} w {reg_weight} {options}"
     # (Σy - 1)·lse is as uncertain as the logits' own rounding.
     floor = magnitude(logits) if target[0].dim() == 2 else 1.0

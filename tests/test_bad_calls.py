@@ -141,6 +141,8 @@ def table():
     yield Call("MixupELoss()", run, good, {"logits": FLOATS, "target": TARGET}, {}, criterion)
     yield Call("MixupELoss.eta", lambda owner, eta: setattr(owner, "eta", eta), lambda: {"eta": 0.1},
                {"eta": NON_NEGATIVE}, {}, criterion)  # fmt: skip
+    yield Call("MixupELoss.clean_weight", lambda owner, clean_weight: setattr(owner, "clean_weight", clean_weight),
+               lambda: {"clean_weight": 0.1}, {"clean_weight": NON_NEGATIVE}, {}, criterion)  # fmt: skip
     good = lambda: {**linear_arguments(), **loss_options()}  # noqa: E731
     shapes = {"another width": lambda v: v[..., 1:], "3-d": lambda v: v.unsqueeze(0)}
     yield Call("linear_mixupe_loss", mk.linear_mixupe_loss, good,

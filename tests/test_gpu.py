@@ -120,7 +120,7 @@ def test_a_step_never_synchronises(backend, clean_fraction, split, cutmix_alpha)
     x, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
     mixup_fn = mk.MixupE(alpha=1.0, clean_fraction=clean_fraction, split=split, cutmix_alpha=cutmix_alpha)
-    criterion = mk.MixupELoss(eta=1e-2)
+    criterion = mk.MixupELoss(eta=1e-2, clean_weight=clean_fraction)
 
     def step():
         mixed, target = mixup_fn(x, labels)
@@ -156,7 +156,7 @@ def test_the_loss_takes_five_launches_at_most(backend):
     target, eta, one = mixed_target(512, 1000, 256), torch.tensor(1e-3), torch.tensor(1.0)
 
     def step():
-        torch.autograd.grad(mk.mixupe_loss(logits, target, eta=eta), logits, one)
+        torch.autograd.grad(mk.mixupe_loss(logits, target, eta=eta, clean_weight=0.25), logits, one)
 
     step()
     assert 2 <= CudaTimer().launches(step) <= 5
@@ -169,7 +169,7 @@ def test_the_loss_takes_five_launches_at_most(backend):
 def test_training_steps_follow_the_written_out_loss(backend, autocast):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
     x, labels = torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
-    mixup_fn, criterion = mk.MixupE(alpha=1.0), mk.MixupELoss(eta=0.1)
+    mixup_fn, criterion = mk.MixupE(alpha=1.0), mk.MixupELoss(eta=0.1, clean_weight=0.25)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
         mixed, target = mixup_fn(x, labels)
@@ -178,7 +178,7 @@ def test_training_steps_follow_the_written_out_loss(backend, autocast):
             logits = model(mixed)
         loss = criterion(logits, target)
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        expected, expected_gradient = written_out(logits.detach().double().requires_grad_(), target, 0.1)
+        expected, expected_gradient = written_out(logits.detach().double().requires_grad_(), target, 0.1, 0.25)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
         rtol = 2**-7 if autocast else 1e-4
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=1e-6)
@@ -187,12 +187,13 @@ def test_training_steps_follow_the_written_out_loss(backend, autocast):
         optimizer.step()
 
 
-def written_out(logits, target, eta):
-    """MixupE, eq. 5 and 7-9, as the paper has them."""
+def written_out(logits, target, eta, clean_weight):
+    """MixupE, eq. 5 and 7-9, as the paper has them, with RegMixup's term."""
     mixed, clean = logits[: target.num_mixed], logits[-target.num_reg :]
     y = target.dense(logits.shape[1]).double()
-    mix_loss = F.cross_entropy(mixed, y[: target.num_mixed])
+    cross_entropy = F.cross_entropy(mixed, y[: target.num_mixed])
+    cross_entropy = cross_entropy + clean_weight * F.cross_entropy(clean, y[-target.num_reg :])
     q = ((y[-target.num_reg :] - clean.softmax(1)) * clean).sum(1)
-    total = mix_loss + eta * target.reg_weight * q.abs().mean()
-    loss = (mix_loss.abs() / total.abs()).detach() * total
+    total = cross_entropy + eta * target.reg_weight * q.abs().mean()
+    loss = (cross_entropy.abs() / total.abs()).detach() * total
     return loss.detach(), torch.autograd.grad(loss, logits)[0]

@@ -20,7 +20,7 @@ def problem(dtype=torch.float64, rows=10, features=6, classes=7):
 def test_equals_the_unfused_form(penalty, with_bias, chunk_rows):
     hidden, weight, bias, target = problem()
     inputs = [tensor.requires_grad_() for tensor in ((hidden, weight, bias) if with_bias else (hidden, weight))]
-    options = {"eta": 0.4, "penalty": penalty, "label_smoothing": 0.1}
+    options = {"eta": 0.4, "clean_weight": 0.6, "penalty": penalty, "label_smoothing": 0.1}
     fused = mk.linear_mixupe_loss(
         hidden, weight, target, bias=bias if with_bias else None, chunk_rows=chunk_rows, **options
     )

@@ -29,8 +29,9 @@ def test_last_holds_the_parts(target):
     criterion = mk.MixupELoss(eta=0.4)
     assert criterion.last is None
     loss = criterion(logits, target)
-    mix_loss, reg, eta_hat = criterion.last
+    mix_loss, clean_loss, reg, eta_hat = criterion.last
     torch.testing.assert_close(loss.detach(), eta_hat * (mix_loss + 0.4 * reg))
+    torch.testing.assert_close(clean_loss, mk.ce_entropy(logits, target).ce[5:].mean().detach())
     torch.testing.assert_close(reg, 0.3 * mk.q_hat(logits, target)[-3:].abs().mean().detach())
     assert not any(part.requires_grad for part in criterion.last)
 
@@ -94,6 +95,8 @@ def test_confidence_penalty_and_z_loss():
         ({"eta": -0.1}, ValueError, "eta must be a number >= 0, got -0.1"),
         ({"eta": float("nan")}, ValueError, "eta must be a number >= 0, got nan"),
         ({"eta": "big"}, TypeError, "eta must be a number >= 0, got str 'big'"),
+        ({"clean_weight": -1}, ValueError, "clean_weight must be a number >= 0, got -1"),
+        ({"clean_weight": torch.tensor(0.1)}, TypeError, "clean_weight must be a number >= 0, got Tensor"),
         (
             {"penalty": "square"},
             ValueError,

@@ -28,6 +28,8 @@ def loss_arguments():
         "threshold": 1.0,
         "rescale": True,
         "label_smoothing": 0.0,
+        "sigmoid": False,
+        "clean_weight": 0.25,
     }
 
 
@@ -39,7 +41,7 @@ def call(operator, arguments):
         return operator(*[arguments[name] for name in names], *options)
     if operator is not ops.mixupe_loss_backward:
         return operator(*[value for name, value in arguments.items() if name != "class_weight"])
-    saved = {"parts": torch.rand(5), "signed_entropy": torch.rand(4), "lse": torch.rand(4), "grad": torch.tensor(1.0)}
+    saved = {"parts": torch.rand(7), "signed_entropy": torch.rand(4), "lse": torch.rand(4), "grad": torch.tensor(1.0)}
     values = {**saved, **arguments}
     names = "grad logits labels partner_labels lam parts signed_entropy lse num_mixed penalty label_smoothing"
     return operator(*[values[name] for name in names.split()])
@@ -86,6 +88,10 @@ def test_targets_are_refused(backend, operator, change, message):
         ({"eta": torch.tensor(0.1).double()}, "eta must have dtype float32, got float64"),
         ({"reg_weight": torch.rand(4)}, r"reg_weight must have shape \(\), got \(4,\)"),
         ({"num_reg": -1}, r"num_reg must be in \[0, 4\], got -1"),
+        ({"clean_weight": -0.5}, "clean_weight must be a number >= 0, got -0.5"),
+        ({"clean_weight": float("inf")}, "clean_weight must be a number >= 0, got inf"),
+        ({"clean_weight": float("nan")}, "clean_weight must be a number >= 0, got nan"),
+        ({"num_mixed": 4}, r"clean_weight must be 0 where R is of mixed rows \(regularize=\"mixed\"\): .*, got 0.25"),
     ],
 )
 @pytest.mark.parametrize("operator", LOSSES[1:3], ids=str)
@@ -112,7 +118,7 @@ def test_numbers_of_a_loss_and_its_backward_are_refused(backend, operator, chang
     "change, message",
     [
         ({"grad": torch.rand(1)}, r"grad must have shape \(\), got \(1,\)"),
-        ({"parts": torch.rand(4)}, r"parts must have shape \(5,\), got \(4,\)"),
+        ({"parts": torch.rand(4)}, r"parts must have shape \(7,\), got \(4,\)"),
         ({"signed_entropy": torch.rand(3)}, r"signed_entropy must have shape \(4,\), got \(3,\)"),
         ({"lse": torch.rand(4).double()}, "lse must have dtype float32, got float64"),
     ],

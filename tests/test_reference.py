@@ -86,8 +86,8 @@ def test_index_targets_are_cross_entropys(logits, weighted, smoothing):
     torch.testing.assert_close(actual, expected)
 
 
-def naive_loss(logits, target, y, eta, penalty, rescale, threshold, sigmoid=False):
-    """MixupE eq. 5-9, term by term."""
+def naive_loss(logits, target, y, eta, gamma, penalty, rescale, threshold, sigmoid=False):
+    """MixupE eq. 5-9 with RegMixup's term, term by term."""
     p = logits.sigmoid() if sigmoid else logits.softmax(1)
     ce = -(y * logits.log_softmax(1)).sum(1)
     if sigmoid:
@@ -102,8 +102,10 @@ def naive_loss(logits, target, y, eta, penalty, rescale, threshold, sigmoid=Fals
         "threshold": -(q * (q < threshold)).sum() / n,
         "linear_detached": -detached.sum() / n,
     }
-    total = mix_loss + eta * target.reg_weight * reg[penalty]
-    eta_hat = (mix_loss.abs() / total.abs()).detach() if rescale else 1.0
+    clean_loss = ce[target.num_mixed :].sum() / max(logits.shape[0] - target.num_mixed, 1)
+    cross_entropy = mix_loss + gamma * clean_loss
+    total = cross_entropy + eta * target.reg_weight * reg[penalty]
+    eta_hat = (cross_entropy.abs() / total.abs()).detach() if rescale else 1.0
     return eta_hat * total
 
 
@@ -112,6 +114,7 @@ def naive_loss(logits, target, y, eta, penalty, rescale, threshold, sigmoid=Fals
 @pytest.mark.parametrize("kind", ["mixed", "dense", "sigmoid"])
 @pytest.mark.parametrize("counts", [(6, 6), (12, 12), (8, 4), (12, 0)], ids=["halves", "mixed", "split", "none"])
 def test_mixupe_loss_is_the_papers(logits, kind, counts, penalty, rescale):
+    gamma = 0.0 if counts == (12, 12) else 0.6
     labels, partner, lam = make_target("mixed", (ROWS, CLASSES), torch.float64)
     target = mk.MixedTarget(labels, partner, lam, *counts, 1 / 3)
     y = naive_target(labels, partner, lam)
@@ -120,9 +123,9 @@ def test_mixupe_loss_is_the_papers(logits, kind, counts, penalty, rescale):
         target = target._replace(labels=soft[0], partner_labels=soft[1])
         y = lam[:, None] * soft[0] + (1 - lam[:, None]) * soft[1]
     options = {"penalty": penalty, "rescale": rescale, "threshold": 0.4}
-    expected = naive_loss(logits, target, y, 0.7, sigmoid=kind == "sigmoid", **options)
+    expected = naive_loss(logits, target, y, 0.7, gamma, sigmoid=kind == "sigmoid", **options)
     activation = "sigmoid" if kind == "sigmoid" else "softmax"
-    actual = mk.mixupe_loss(logits, target, eta=0.7, activation=activation, **options)
+    actual = mk.mixupe_loss(logits, target, eta=0.7, clean_weight=gamma, activation=activation, **options)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)))
 

@@ -42,6 +42,7 @@ def losses(target):
         "threshold": lambda z: mk.mixupe_loss(z, target, eta=0.5, penalty="threshold"),
         "own penalty": lambda z: mk.mixupe_loss(z, target, eta=0.5, penalty=torch.square),
         "linear_detached": lambda z: mk.mixupe_loss(z, target, eta=0.5, penalty="linear_detached"),
+        "clean_weight": lambda z: mk.mixupe_loss(z, target, eta=0.5, clean_weight=0.7),
         "smoothed": lambda z: mk.mixupe_loss(z, target, eta=0.5, rescale=False, label_smoothing=0.1),
         "q_hat": lambda z: mk.q_hat(z, target).square().mean(),
         "ce_entropy": of_rows,
@@ -49,12 +50,15 @@ def losses(target):
         "bce_entropy": lambda z: sum(value.square().mean() for value in mk.bce_entropy(z, soft)),
         "sigmoid": lambda z: mk.mixupe_loss(z, soft, eta=0.5, activation="sigmoid"),
         "linear": lambda z: mk.linear_mixupe_loss(z, eye, target, eta=0.5, chunk_rows=2),
+        "linear, clean_weight": lambda z: mk.linear_mixupe_loss(
+            z, eye, target, eta=0.5, clean_weight=0.7, chunk_rows=2
+        ),
     }
 
 
 NAMES = tuple(losses(mk.MixedTarget(torch.zeros(1, dtype=torch.int64), None, None, 0, 0, 0.0)))
 # linear_mixupe_loss is differentiable once outside of torch.func.
-TWICE = [name for name in NAMES if name != "linear"]
+TWICE = [name for name in NAMES if not name.startswith("linear,") and name != "linear"]
 
 
 def by_autograd(loss, logits):

@@ -81,7 +81,7 @@ def test_split_rows_take_three_launches_and_one(kind, launches):
 def test_launch_counts(launches):
     logits, target = make_logits((8, 33), torch.float32), make_target("mixed", (8, 33), torch.float32)
     eta, grad, x = torch.tensor(0.3), torch.tensor(1.0), torch.randn(4, 3, 8, 8)
-    _, *saved = ops.mixupe_loss(logits, *target, eta, eta, 4, 4)
+    _, *saved = ops.mixupe_loss(logits, *target, eta, eta, 4, 4, clean_weight=0.25)
     ops.mixupe_loss_backward(grad, logits, *target, *saved, 4)
     assert launches == ["row_stats", "loss_total", "row_gradient"]
     launches.clear()
@@ -95,7 +95,7 @@ def test_empty_batch(kind, launches):
     logits, target = torch.empty(0, 5), make_target(kind, (0, 5), torch.float32)
     eta = torch.tensor(0.3)
     loss, parts, *saved = ops.mixupe_loss(logits, *target, eta, eta, 0, 0)
-    assert loss == 0 and torch.equal(parts, torch.tensor([0.0, 0, 1, 0, 0]))
+    assert loss == 0 and torch.equal(parts, torch.tensor([0.0, 0, 0, 1, 0, 0, 0]))
     assert ops.mixupe_loss_backward(eta, logits, *target, parts, *saved, 0).shape == (0, 5)
     assert launches == ["loss_total"]
 

@@ -48,7 +48,7 @@ LossSums count_rows(const Targets<T>& targets, const LossShape<T>& shape) {
   LossSums counts{};
   for (int64_t row = 0; row < shape.rows; ++row) {
     const T kept = targets.row_labels(row).kept;
-    counts.rows_mix += row < shape.num_mixed ? kept : T(0);
+    (row < shape.num_mixed ? counts.rows_mix : counts.rows_clean) += kept;
     counts.rows_reg += shape.regularizes(row, kept);
   }
   return counts;
@@ -59,6 +59,7 @@ template <typename L>
 LossSums sum_rows(const Forward<L>& job, LossSums sums) {
   const auto& shape = job.shape;
   for (int64_t row = 0; row < shape.num_mixed; ++row) sums.mix += job.ce[row];
+  for (int64_t row = shape.num_mixed; row < shape.rows; ++row) sums.clean += job.ce[row];
   for (int64_t row = shape.rows - shape.num_reg; row < shape.rows; ++row) sums.reg += job.value[row];
   return sums;
 }
@@ -68,17 +69,17 @@ template <typename L>
 void loss_of_rows(Loss<L> job, const WaitingGradient<L>& gradient) {
   using T = Accumulate<L>;
   Forward<L>& rows = job.rows;
-  const T eta = *job.eta, reg_weight = *job.reg_weight;
+  const LossWeights weights = weights_of(job);
   const LossSums counts = count_rows(rows.targets, rows.shape);
   const std::unique_ptr<T[]> scratch(new T[2 * rows.shape.rows]);
   rows.ce = scratch.get(), rows.value = scratch.get() + rows.shape.rows;
   OnePass<L> one_pass{gradient};
   if (gradient) {
-    loss_of_sums(counts, eta, reg_weight, false, job.parts);
-    one_pass.mix = job.parts[3], one_pass.reg = job.parts[4];
+    loss_of_sums(counts, weights, false, job.parts);
+    one_pass.mix = job.parts[of_mix], one_pass.clean = job.parts[of_clean], one_pass.reg = job.parts[of_penalty];
   }
   run_rows(rows, one_pass);
-  *job.loss = loss_of_sums(sum_rows(rows, counts), eta, reg_weight, job.rescale, job.parts);
+  *job.loss = loss_of_sums(sum_rows(rows, counts), weights, job.rescale, job.parts);
 }
 
 template <typename L>
@@ -126,10 +127,10 @@ void run_loss_with_gradient(Loss<L> job, const Tensor& gradient) {
   const WaitingGradient<L> waiting = waiting_gradient<L>(rows.targets, rows.sigmoid, gradient);
   loss_of_rows(job, waiting);
   // 0·NaN is no 0: rows of neither mean have a gradient of 0 even where η̂ is NaN.
-  if (!waiting || !std::isfinite(job.parts[2]))
+  if (!waiting || !std::isfinite(job.parts[eta_hat]))
     run_gradient(backward_of(job, gradient), gradient);
   else if (job.rescale || !std::is_same_v<L, T>)
-    scale_gradient(waiting, job.parts[2], rows.targets.classes, rows.shape.rows);
+    scale_gradient(waiting, job.parts[eta_hat], rows.targets.classes, rows.shape.rows);
 }
 
 }  // namespace

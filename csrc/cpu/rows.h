@@ -241,12 +241,12 @@ struct WaitingGradient {
 };
 
 // The loss with its gradient from one exponential an element, of rows of labels that fit a block. Every row's loss is in η̂,
-// but η̂ is a factor of the whole gradient: scale_gradient puts it in. ∂L/∂CE of a row of L_mix and ∂L/∂penalty of a row of R
-// are without it, too.
+// but η̂ is a factor of the whole gradient: scale_gradient puts it in. ∂L/∂CE of a mixed row and of a clean one and ∂L/∂penalty of
+// a row of R are without it, too.
 template <typename L>
 struct OnePass {
   WaitingGradient<L> gradient = {};
-  Accumulate<L> mix = 0, reg = 0;
+  Accumulate<L> mix = 0, clean = 0, reg = 0;
 };
 
 template <typename T>
@@ -275,8 +275,8 @@ void loss_and_gradient_row(const Forward<L>& job, const OnePass<L>& one_pass, in
   const double log_total = log_sum(stats);
   const RowLoss<T> r = row_loss<T>(label_ce(z, l, stats.max, log_total), stats, log_total, 0);
   const T slope = write_row(job, row, l, r);
-  const RowGradient<T> g =
-      loss_gradient(row < job.shape.num_mixed ? one_pass.mix : T(0), one_pass.reg, slope, T(1), job.shape.penalty);
+  const RowGradient<T> g = loss_gradient(row < job.shape.num_mixed ? one_pass.mix : one_pass.clean, one_pass.reg, slope,
+                                         T(1), job.shape.penalty);
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
   const SoftmaxGradient<T> of_sum = short_nans(gradient_of_sums(stats, log_total, level, g));
   Order<L>::keep(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);

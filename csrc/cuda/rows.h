@@ -206,15 +206,20 @@ __global__ void __launch_bounds__(Team::block) total_loss(const Loss<L> job) {
     sums.mix += rows.ce[row];
     sums.rows_mix += rows.kept[row];
   }
+  for (int64_t row = shape.num_mixed + Team::rank(); row < shape.rows; row += Team::threads) {
+    sums.clean += rows.ce[row];
+    sums.rows_clean += rows.kept[row];
+  }
   for (int64_t row = shape.rows - shape.num_reg + Team::rank(); row < shape.rows; row += Team::threads) {
     sums.reg += rows.value[row];
     sums.rows_reg += shape.regularizes(row, rows.kept[row]) ? 1 : 0;
   }
   sums = Team::reduce(sums, [](const LossSums& a, const LossSums& b) {
-    return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.reg + b.reg, a.rows_reg + b.rows_reg};
+    return LossSums{a.mix + b.mix, a.rows_mix + b.rows_mix, a.clean + b.clean, a.rows_clean + b.rows_clean,
+                    a.reg + b.reg, a.rows_reg + b.rows_reg};
   });
   if (Team::rank() != 0) return;
-  *job.loss = loss_of_sums(sums, *job.eta, *job.reg_weight, job.rescale, job.parts);
+  *job.loss = loss_of_sums(sums, weights_of(job), job.rescale, job.parts);
 }
 
 // Σy of a row; where targets differ between classes it takes a pass of its own, since every column's gradient needs it.

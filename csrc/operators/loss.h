@@ -1,6 +1,7 @@
 // ce_entropy, mixupe_loss and their backwards on the host, over what each backend defines: run_rows, run_gradient, run_loss,
 // run_loss_with_gradient and check_values.
 #pragma once
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -197,15 +198,22 @@ struct LossTensors {
   int64_t num_mixed, num_reg, penalty;
   double threshold;
   bool rescale, sigmoid;
+  double clean_weight;
   Tensor loss, parts;
 };
 
 template <typename L, typename T>
 Loss<L> loss_job(const Tensor& logits, const Targets<T>& targets, const LossTensors& given) {
   const auto shape = check_loss_shape<T>(logits, given.num_mixed, given.num_reg, given.penalty, given.threshold);
+  if (!(given.clean_weight >= 0 && std::isfinite(given.clean_weight)))
+    fail("clean_weight must be a number >= 0, got ", shortest(given.clean_weight));
+  if (given.clean_weight != 0 && shape.num_reg > 0 && shape.num_mixed == shape.rows)
+    fail("clean_weight must be 0 where R is of mixed rows (regularize=\"mixed\"): no row is clean, got ",
+         shortest(given.clean_weight));
   return {forward_job<L, T>(logits, targets, given.sigmoid, shape, nullptr, nullptr, nullptr),
           scalar_of<T>("eta", given.eta, {"logits", logits}),
           scalar_of<T>("reg_weight", given.reg_weight, {"logits", logits}),
+          given.clean_weight,
           given.rescale,
           data<T>(given.loss),
           data<T>(given.parts)};
@@ -215,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argu
                                                        const OptionalTensor& partner_labels, const OptionalTensor& lam,
                                                        const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed,
                                                        int64_t num_reg, int64_t penalty, double threshold, bool rescale,
-                                                       double label_smoothing, bool sigmoid) {
+                                                       double label_smoothing, bool sigmoid, double clean_weight) {
   const Tensor logits = check_logits(logits_argument);
   const int64_t rows = logits.size(0);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
@@ -227,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argu
                           threshold,
                           rescale,
                           sigmoid,
+                          clean_weight,
                           allocate(logits, dtype, {}),
-                          allocate(logits, dtype, {5})};
+                          allocate(logits, dtype, {loss_parts})};
   const Tensor signed_entropy = allocate(logits, dtype, {rows}), lse = allocate(logits, dtype, {rows});
   with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
                [&](auto type, const auto& targets) {
@@ -241,12 +250,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argu
   return {given.loss, given.parts, signed_entropy, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(const Tensor& logits_argument, const Tensor& labels,
-                                                             const OptionalTensor& partner_labels,
-                                                             const OptionalTensor& lam, const Tensor& eta,
-                                                             const Tensor& reg_weight, int64_t num_mixed,
-                                                             int64_t num_reg, int64_t penalty, double threshold,
-                                                             bool rescale, double label_smoothing, bool sigmoid) {
+std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
+    const Tensor& logits_argument, const Tensor& labels, const OptionalTensor& partner_labels,
+    const OptionalTensor& lam, const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg,
+    int64_t penalty, double threshold, bool rescale, double label_smoothing, bool sigmoid, double clean_weight) {
   const Tensor logits = check_logits(logits_argument);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
   const LossTensors given{eta,
@@ -257,8 +264,9 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(const Tensor& logit
                           threshold,
                           rescale,
                           sigmoid,
+                          clean_weight,
                           allocate(logits, dtype, {}),
-                          allocate(logits, dtype, {5})};
+                          allocate(logits, dtype, {loss_parts})};
   const Tensor gradient = allocate(logits, logits.scalar_type(), sizes_of(logits));
   with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
                [&](auto type, const auto& targets) {
@@ -285,7 +293,7 @@ void mixupe_loss_backward_out(const Tensor& grad, const Tensor& logits_argument,
                                      vector_of<T>("lse", lse, rows, {"logits", logits}));
                  job.loss = true;
                  job.grad = scalar_of<T>("grad", grad, {"logits", logits});
-                 job.parts = vector_of<T>("parts", parts, 5, {"logits", logits});
+                 job.parts = vector_of<T>("parts", parts, loss_parts, {"logits", logits});
                  job.num_mixed = shape.num_mixed, job.penalty = shape.penalty;
                  run_gradient(job, logits);
                });

@@ -87,9 +87,15 @@ struct Loss {
   using T = Accumulate<L>;
   Forward<L> rows;
   const T *eta, *reg_weight;
+  double clean_weight;
   bool rescale;
   T *loss, *parts;
 };
+
+template <typename L>
+MIXUPE_FN LossWeights weights_of(const Loss<L>& job) {
+  return {*job.eta, *job.reg_weight, job.clean_weight};
+}
 
 // The gradient of every row.
 template <typename L>
@@ -127,8 +133,9 @@ MIXUPE_FN RowUpstream<T> upstream(const Backward<L>& job, int64_t row, T mass) {
   }
   const T grad = job.grad ? *job.grad : T(1);
   const SignedEntropy<T> h = split_sign(job.entropy[row]);
-  const RowGradient<T> g = loss_gradient(row < job.num_mixed ? grad * job.parts[3] : T(0), grad * job.parts[4], h.slope,
-                                         q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
+  const T ce = row < job.num_mixed ? grad * job.parts[of_mix] : weigh(job.parts[of_clean], grad);
+  const RowGradient<T> g =
+      loss_gradient(ce, grad * job.parts[of_penalty], h.slope, q_hat_mass(job.targets, job.sigmoid, mass), job.penalty);
   return {g, gradient_level(g, mass, h.entropy)};
 }
 

@@ -1,4 +1,7 @@
-"""MixupE's loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂), q̂ = H - CE   (Zou et al., UAI 2023, eq. 5 and 7-9)."""
+"""MixupE's loss: L = η̂ (L_mix + γ L_clean + η R), R = w · mean penalty(q̂), q̂ = H - CE   (Zou et al., UAI 2023, eq. 5, 7-9).
+
+γ = 0 is the paper's; γ L_clean is RegMixup's term (Pinto et al., NeurIPS 2022).
+"""
 
 import functools
 from collections.abc import Callable
@@ -18,6 +21,7 @@ class LossParts(NamedTuple):
     """What a loss was made of, as detached 0-d tensors on the device: reading one synchronises, keeping them does not."""
 
     mix_loss: Tensor
+    clean_loss: Tensor
     reg: Tensor
     eta_hat: Tensor
 
@@ -65,6 +69,7 @@ def mixupe_loss(
     target: Tensor | tuple,
     *,
     eta: float | Tensor,
+    clean_weight: float = 0.0,
     penalty: str | Callable[[Tensor], Tensor] = "abs",
     rescale: bool = True,
     threshold: float = 1.0,
@@ -73,11 +78,12 @@ def mixupe_loss(
     inplace_backward: bool = False,
     class_dim: int = -1,
 ) -> Tensor:
-    r"""The loss of MixupE: L = η̂ (L_mix + η R), R = w · mean penalty(q̂), as one fused forward and one fused backward.
+    r"""The loss of MixupE: L = η̂ (L_mix + γ L_clean + η R), R = w · mean penalty(q̂), as one fused forward and backward.
 
-    L_mix is the mean cross-entropy of the first ``target.num_mixed`` rows; R is taken on the last ``target.num_reg``,
-    with w = ``target.reg_weight`` (eq. 7). η̂ = \|L_mix\| / \|L_mix + η R\| is a constant to autograd (eq. 9), and 1 where
-    its denominator is 0. Rows whose label is -100 leave both means; a mean over no rows is 0. For the backward, two
+    L_mix is the mean cross-entropy of the first ``target.num_mixed`` rows, L_clean of all others, the clean ones; R is
+    taken on the last ``target.num_reg``, with w = ``target.reg_weight`` (eq. 7). With L₀ = L_mix + γ L_clean,
+    η̂ = \|L₀\| / \|L₀ + η R\| is a constant to autograd (eq. 9), and 1 where its denominator is 0. Rows whose label is
+    -100 leave all three means; a mean over no rows is 0. For the backward, two
     floats a row are kept beside the arguments (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the
     forward; each thread that calls this with bfloat16 logits keeps up to 4 MiB to make it in).
 
@@ -86,6 +92,9 @@ def mixupe_loss(
         target: :class:`MixedTarget`, whose λ is one a sample or one a label. Class indices (N, ...), soft targets of the
             logits' shape, and ``(labels, partner_labels, lam)`` stand for cross-entropy on every row, without R.
         eta: η >= 0, a number or a 0-d tensor on the device (which a CUDA graph reads afresh at every replay).
+        clean_weight: γ >= 0, the weight of the clean rows' cross-entropy; 0 is the paper's loss. With γ = ρ, the
+            ``clean_fraction``, every row counts once. It must be 0 for ``MixupE(regularize="mixed")``, which has no clean
+            rows; with :class:`Mixup`, and in steps without clean rows, it weighs nothing.
         penalty: ``"abs"``, eq. 7; ``"threshold"``, R = -w·Σ_{q̂ < t} q̂ / n, or ``"linear_detached"``,
             R = -w·mean((y - p).detach()ᵀz), which the authors' public code runs as versions 3 and 4; or a function of
             the (n,) values q̂ that returns (n,) values to average.
@@ -108,7 +117,9 @@ def mixupe_loss(
     Raises:
         TypeError, ValueError: as :func:`ce_entropy`, and for an option that is not as stated.
     """
-    options = Options.check(penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim)
+    options = Options.check(
+        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
+    )
     parsed = parse(logits, target, class_dim)
     return _loss(logits, target, parsed, as_scalar("eta", eta, logits), options)[0]
 
@@ -119,14 +130,16 @@ class MixupELoss(nn.Module):
     Args:
         eta: η >= 0, the regularizer's strength; the paper uses 1e-4 to 0.1, mostly 1e-3. May be set at any time,
             also between a loss and its backward, which is of the η that was.
-        penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim: as for :func:`mixupe_loss`.
+        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim: as for
+            :func:`mixupe_loss`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
 
     Calling it with logits and a target returns the 0-d loss. A third argument ``q`` (n,) takes the place of q̂:
     :func:`exact_q` of the clean rows, which then need not be in the batch (``MixupE(regularize="mixed")`` adds none).
-    After a call ``last`` holds its ``mix_loss``, ``reg`` and ``eta_hat`` as detached 0-d tensors on the device.
+    After a call ``last`` holds its ``mix_loss``, ``clean_loss``, ``reg`` and ``eta_hat`` as detached 0-d tensors on the
+    device.
     """
 
     def __init__(
@@ -134,6 +147,7 @@ class MixupELoss(nn.Module):
         eta: float = 1e-3,
         penalty: str | Callable[[Tensor], Tensor] = "abs",
         *,
+        clean_weight: float = 0.0,
         rescale: bool = True,
         threshold: float = 1.0,
         label_smoothing: float = 0.0,
@@ -146,7 +160,7 @@ class MixupELoss(nn.Module):
         self.eta = eta
         self.penalty = penalty
         self.options = Options.check(
-            penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
+            clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
         )
         self._last: list[Tensor | None] = [None]  # no attribute of its own: nn.Module takes 2 µs to set one to a tensor
 
@@ -162,11 +176,21 @@ class MixupELoss(nn.Module):
         self._eta = {key: tensor.fill_(self._eta_value) for key, tensor in self._eta.items() if not tensor.is_cpu}
 
     @property
+    def clean_weight(self) -> float:
+        """γ. It may be set between steps; a CUDA graph keeps the one it was captured with."""
+        return self.options.clean_weight
+
+    @clean_weight.setter
+    def clean_weight(self, value: float) -> None:
+        value = checks.non_negative("clean_weight", value)
+        self.options = self.options._replace(of_loss=(*self.options.of_loss[:-1], value), clean_weight=value)
+
+    @property
     def last(self) -> LossParts | None:
-        """``mix_loss``, ``reg`` and ``eta_hat`` of the last call; None before the first, and after one under a transform of
-        torch.func."""
+        """``mix_loss``, ``clean_loss`` (L_clean itself, whatever γ is), ``reg`` and ``eta_hat`` of the last call; None before the
+        first, and after one under a transform of torch.func."""
         parts = self._last[0]
-        return None if parts is None else LossParts(*parts[:3].unbind())
+        return None if parts is None else LossParts(*parts[:4].unbind())
 
     def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
         parsed = parse(logits, target, self.options.class_dim)
@@ -181,4 +205,5 @@ class MixupELoss(nn.Module):
         return torch.full((), self._eta_value, dtype=accumulate_dtype(dtype), device=device)
 
     def extra_repr(self) -> str:
-        return f"eta={self.eta:g}, penalty={self.penalty!r}, rescale={self.options.rescale}"
+        weights = f"eta={self.eta:g}, clean_weight={self.clean_weight:g}"
+        return f"{weights}, penalty={self.penalty!r}, rescale={self.options.rescale}"

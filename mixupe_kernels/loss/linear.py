@@ -96,6 +96,7 @@ def linear_mixupe_loss(
     *,
     bias: Tensor | None = None,
     eta: float | Tensor,
+    clean_weight: float = 0.0,
     penalty: str = "abs",
     rescale: bool = True,
     threshold: float = 1.0,
@@ -115,7 +116,8 @@ def linear_mixupe_loss(
         weight: (C, D), as of ``torch.nn.Linear``.
         target: as for :func:`mixupe_loss`.
         bias: (C,) or None.
-        eta, penalty, rescale, threshold, label_smoothing, activation: as for :func:`mixupe_loss`; penalties by name only.
+        eta, clean_weight, penalty, rescale, threshold, label_smoothing, activation: as for :func:`mixupe_loss`; penalties
+            by name only.
         chunk_rows: rows of logits at a time, >= 1; as many as make 2^24 elements if None.
 
     Returns:
@@ -143,7 +145,7 @@ def linear_mixupe_loss(
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_ELEMENTS // max(classes, 1))
     penalty = checks.choice("penalty", penalty, PENALTIES)  # no function here
-    options = Options.check(penalty, rescale, threshold, label_smoothing, activation)
+    options = Options.check(clean_weight, penalty, rescale, threshold, label_smoothing, activation)
     chunk_rows = checks.positive_int("chunk_rows", chunk_rows)
     # An expanded scalar stands for the logits in the checks: their shape, dtype and device, and no memory.
     probe = F.linear(hidden[:0], weight, bias)

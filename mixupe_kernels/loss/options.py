@@ -21,12 +21,13 @@ class Options(NamedTuple):
     function: Callable[[Tensor], Tensor] | None
     rescale: bool
     sigmoid: bool
+    clean_weight: float
     inplace_backward: bool
     class_dim: int
 
     @staticmethod
     def check(
-        penalty, rescale, threshold, label_smoothing, activation, inplace_backward=False, class_dim=-1
+        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward=False, class_dim=-1
     ) -> "Options":
         function = penalty if callable(penalty) else None
         if inplace_backward and function is not None:
@@ -37,11 +38,13 @@ class Options(NamedTuple):
         threshold = checks.number("threshold", threshold, "a number", lambda value: True)
         smoothing = checks.fraction("label_smoothing", label_smoothing)
         sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
+        clean_weight = checks.non_negative("clean_weight", clean_weight)
         return Options(
-            (number, threshold, rescale, smoothing, sigmoid),
+            (number, threshold, rescale, smoothing, sigmoid, clean_weight),
             function,
             rescale,
             sigmoid,
+            clean_weight,
             checks.boolean("inplace_backward", inplace_backward),
             checks.integer("class_dim", class_dim),
         )

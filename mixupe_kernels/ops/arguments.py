@@ -5,6 +5,7 @@ function and leads from one to the other.
 """
 
 import inspect
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from itertools import islice
@@ -154,9 +155,10 @@ class RowStats(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """What makes rows a MixupE loss: L_mix on the first ``num_mixed``, R on the last ``num_reg``.
+    """What makes rows a MixupE loss: L_mix on the first ``num_mixed``, L_clean on all others, R on the last ``num_reg``.
 
-    ``eta`` and ``reg_weight`` are 0-d, of the dtype that the operator computes in; ``penalty`` is a row of ``PENALTIES``.
+    ``eta`` and ``reg_weight`` are 0-d, of the dtype that the operator computes in; ``penalty`` is a row of ``PENALTIES``;
+    ``clean_weight`` is γ.
     """
 
     eta: Tensor
@@ -168,6 +170,7 @@ class LossArguments(NamedTuple):
     rescale: bool = True
     label_smoothing: float = 0.0
     sigmoid: bool = False
+    clean_weight: float = 0.0
 
     def of_rows(self) -> RowOptions:
         return RowOptions(label_smoothing=self.label_smoothing, sigmoid=self.sigmoid)
@@ -182,10 +185,32 @@ class LossArguments(NamedTuple):
         _check_count("num_reg", self.num_reg, logits.shape[0])
         _check_penalty(self.penalty)
         _check_smoothing(self.label_smoothing)
+        if not 0 <= self.clean_weight < math.inf:
+            raise ValueError(f"clean_weight must be a number >= 0, got {self.clean_weight}")
+        if self.clean_weight and self.num_reg and self.num_mixed == logits.shape[0]:
+            raise ValueError(
+                'clean_weight must be 0 where R is of mixed rows (regularize="mixed"): no row is clean, got '
+                f"{self.clean_weight}"
+            )
+
+
+class Parts(NamedTuple):
+    """What a loss is made of, 0-d each: its terms and η̂, then what a row's numbers are multiplied by to be in it.
+
+    ``of_mix`` is the factor of a mixed row's CE, ``of_clean`` of a clean row's, ``of_penalty`` of a regularized row's penalty.
+    """
+
+    mix_loss: Tensor
+    clean_loss: Tensor
+    reg: Tensor
+    eta_hat: Tensor
+    of_mix: Tensor
+    of_clean: Tensor
+    of_penalty: Tensor
 
 
 class LossStats(NamedTuple):
-    """What a loss keeps for its backward: (5,) parts of the whole, and two floats a row."""
+    """What a loss keeps for its backward: ``Parts`` as one tensor, and two floats a row."""
 
     parts: Tensor
     signed_entropy: Tensor
@@ -193,7 +218,7 @@ class LossStats(NamedTuple):
 
     def check(self, logits: Tensor) -> None:
         compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
-        _check("parts", self.parts, compute, (5,), logits)
+        _check("parts", self.parts, compute, (len(Parts._fields),), logits)
         _check("signed_entropy", self.signed_entropy, compute, rows, logits)
         _check("lse", self.lse, compute, rows, logits)
 

@@ -18,6 +18,7 @@ from .arguments import (
     LossBackwardOptions,
     LossStats,
     Mixing,
+    Parts,
     RowGradients,
     RowOptions,
     RowOutputs,
@@ -229,7 +230,7 @@ def ce_entropy_backward(
     return dz.to(logits.dtype).contiguous()
 
 
-# mixupe_loss: L = η̂ (L_mix + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9)
+# mixupe_loss: L = η̂ (L_mix + γ L_clean + η R), R = w · mean penalty(q̂)   (MixupE, eq. 7-9; γ as in RegMixup)
 
 
 def kept_labels(target: RowTarget, like: Tensor) -> Tensor:
@@ -257,22 +258,25 @@ def loss_of_rows(
 ) -> tuple[Tensor, Tensor]:
     """(loss, parts) from each row's CE and kept share, (N,), and from the penalty and whether it counts, of any rows.
 
-    ``parts``: L_mix, R, η̂, and the two factors that each CE and each penalty have in the loss; constants to autograd.
+    ``parts`` are ``Parts`` as one tensor, constants to autograd.
     """
-    rows_mix, rows_reg = kept[: arguments.num_mixed].sum(), counted.sum().to(ce.dtype)
+    eta, gamma, split = arguments.eta, arguments.clean_weight, arguments.num_mixed
+    rows_of = kept[:split].sum(), kept[split:].sum(), counted.sum().to(ce.dtype)
     # 1 / 0 would make the gradient NaN even where it is not chosen.
-    per_mix, per_reg = (
-        torch.where(rows > 0, 1 / torch.where(rows > 0, rows, 1.0), 0.0) for rows in (rows_mix, rows_reg)
-    )
+    per_mix, per_clean, per_reg = (torch.where(rows > 0, 1 / torch.where(rows > 0, rows, 1.0), 0.0) for rows in rows_of)
     per_reg = arguments.reg_weight * per_reg
-    mix_loss = ce[: arguments.num_mixed].sum() * per_mix
+    mix_loss, clean_loss = ce[:split].sum() * per_mix, ce[split:].sum() * per_clean
     reg = zero_where(~counted, value).sum() * per_reg
-    total = mix_loss + arguments.eta * reg
+    # Not 0·L_clean: where γ is 0, clean rows have no part in the loss even if their CE is infinite.
+    cross_entropy = mix_loss + gamma * clean_loss if gamma else mix_loss
+    total = cross_entropy + eta * reg
     eta_hat = torch.ones_like(total)
     if arguments.rescale:
-        eta_hat = torch.where(total == 0, eta_hat, mix_loss.abs() / total.abs()).detach()
-    parts = torch.stack([mix_loss, reg, eta_hat, eta_hat * per_mix, eta_hat * arguments.eta * per_reg])
-    return eta_hat * total, parts.detach()
+        eta_hat = torch.where(total == 0, eta_hat, cross_entropy.abs() / total.abs()).detach()
+    of_clean = eta_hat * gamma * per_clean if gamma else torch.zeros_like(eta_hat)
+    factors = eta_hat * per_mix, of_clean, eta_hat * eta * per_reg
+    parts = Parts(mix_loss, clean_loss, reg, eta_hat, *factors)
+    return eta_hat * total, torch.stack(parts).detach()
 
 
 def regularized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor]:
@@ -294,9 +298,9 @@ def penalized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -> 
 
 
 def mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, parts, signed entropy, lse): a 0-d loss, (5,) parts as in ``loss_of_rows``, and two floats a row, (N,) each.
+    """(loss, parts, signed entropy, lse): a 0-d loss, its ``Parts`` as one tensor, and two floats a row, (N,) each.
 
-    R is taken on the last ``num_reg`` rows, L_mix on the first ``num_mixed``; a row whose label is ignored leaves both.
+    L_mix is of the first ``num_mixed`` rows, L_clean of all others, R of the last ``num_reg``; ignored labels leave all three.
     """
     check_logits(logits)
     arguments.check(logits)
@@ -323,11 +327,11 @@ def split_sign(signed_entropy: Tensor) -> tuple[Tensor, Tensor]:
 def loss_coefficients(grad: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions) -> RowGradients:
     """The gradients of ``grad``·loss with respect to CE, H and lse; η̂ is a constant (detached, MixupE eq. 9)."""
     _, slope = split_sign(stats.signed_entropy)
-    _, _, _, of_ce, of_penalty = stats.parts.unbind()
+    parts = Parts(*stats.parts.unbind())
     grad = grad.to(slope.dtype)
-    outside = torch.arange(slope.shape[0], device=slope.device) >= options.num_mixed
-    g_q = zero_where(slope == 0, grad * of_penalty * slope)
-    g_ce = zero_where(outside, (grad * of_ce).expand_as(slope)) - g_q
+    mixed = torch.arange(slope.shape[0], device=slope.device) < options.num_mixed
+    g_q = zero_where(slope == 0, grad * parts.of_penalty * slope)
+    g_ce = torch.where(mixed, grad * parts.of_mix, zero_where(parts.of_clean == 0, grad * parts.of_clean)) - g_q
     g_lse = torch.zeros_like(g_q)
     if target.is_dense() and not options.sigmoid:
         smoothing = options.label_smoothing

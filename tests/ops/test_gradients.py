@@ -30,13 +30,17 @@ def gradient_cases():
         "bce_entropy": (mk.bce_entropy, doubles(4, 5), doubles(4, 5)),
         "q_hat": (mk.q_hat, doubles(4, 5), doubles(4, 5)),
         "mixupe_loss": (lambda z: mk.mixupe_loss(z, target, eta=0.3, rescale=False), doubles(4, 5)),
+        "mixupe_loss, clean_weight": (
+            lambda z: mk.mixupe_loss(z, target, eta=0.3, clean_weight=0.7, rescale=False),
+            doubles(4, 5),
+        ),
         "mixupe_loss, threshold": (
             lambda z: mk.mixupe_loss(z, target, eta=0.3, rescale=False, penalty="threshold"),
             doubles(4, 5),
         ),
         "mixupe_loss, learned target": (
             lambda z, y: mk.mixupe_loss(
-                z, mk.MixedTarget(y, y.flip(1), lam.detach(), 3, 2, 0.3), eta=0.3, rescale=False
+                z, mk.MixedTarget(y, y.flip(1), lam.detach(), 3, 2, 0.3), eta=0.3, clean_weight=0.7, rescale=False
             ),
             doubles(4, 5),
             doubles(4, 5),
@@ -80,7 +84,7 @@ def test_lam_has_a_gradient_through_uint8_images(backend):
 def test_compiles_without_graph_breaks(backend):
     labels = torch.randint(5, (8,))
     target = mk.MixedTarget(labels, labels.flip(0), torch.rand(8), 4, 4, 0.3)
-    criterion = mk.MixupELoss(eta=0.5)
+    criterion = mk.MixupELoss(eta=0.5, clean_weight=0.25)
     model = torch.nn.Linear(3, 5)
 
     def step(x, partner, lam):

@@ -24,11 +24,13 @@ ops = torch.ops.mixupe
 COUNTS = [("halves", 10, 10), *thorough(("split", 15, 5), ("mixed", 20, 20)), ("none", 20, 0)]
 
 
-def check_mixupe_loss(logits, target, counts, *, penalty=0, threshold=0.5, rescale=True, smoothing=0.0, sigmoid=False):
+def check_mixupe_loss(
+    logits, target, counts, *, penalty=0, threshold=0.5, rescale=True, smoothing=0.0, sigmoid=False, gamma=0.0
+):
     """The loss, its backward for some upstream gradient, into a buffer and into the logits, and both at once."""
     eta, reg_weight, grad = (torch.tensor(value, dtype=compute_dtype(logits.dtype)) for value in (0.7, 0.3, 1.7))
     tail = (smoothing, sigmoid)
-    arguments = (logits, *target, eta, reg_weight, *counts, penalty, threshold, rescale, *tail)
+    arguments = (logits, *target, eta, reg_weight, *counts, penalty, threshold, rescale, *tail, gamma)
     loss, parts, *rows = check("mixupe_loss", *arguments, ulps=16)
     backward = (logits, *target, parts, *rows, counts[0], penalty, *tail)
     dz = check("mixupe_loss_backward", grad, *backward, ulps=16)
@@ -56,7 +58,8 @@ def check_mixupe_loss(logits, target, counts, *, penalty=0, threshold=0.5, resca
 def test_mixupe_loss(backend, counts, kind, dtype, penalty):
     sigmoid = kind == "sigmoid"
     target = make_target("dense" if sigmoid else kind, (20, 37), dtype)
-    check_mixupe_loss(make_logits((20, 37), dtype), target, counts[1:], penalty=penalty, sigmoid=sigmoid)
+    gamma = 0.0 if counts[0] == "mixed" else 0.25
+    check_mixupe_loss(make_logits((20, 37), dtype), target, counts[1:], penalty=penalty, sigmoid=sigmoid, gamma=gamma)
 
 
 # About the lengths and sizes from which the compiled operator takes a second exponential instead of keeping the first.
@@ -67,7 +70,8 @@ SIZES = [(3, 2048), *thorough((3, 2049), (1038, 1009), (1040, 1009), (2079, 1009
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_many_logits(backend, shape, dtype):
     counts = (shape[0] // 2, shape[0] - shape[0] // 2)
-    check_mixupe_loss(make_logits(shape, dtype), make_target("mixed", shape, dtype), counts)
+    for gamma in (0.0, 1 / 3):
+        check_mixupe_loss(make_logits(shape, dtype), make_target("mixed", shape, dtype), counts, gamma=gamma)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (70, 3), (3, 17000), *thorough((4, 21841), (300, 3))], ids=str)
@@ -79,18 +83,19 @@ def test_shapes_and_options(backend, shape, kind, smoothing, rescale):
     check_mixupe_loss(make_logits(shape, torch.float32), target, counts, smoothing=smoothing, rescale=rescale)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_rows_of_either_mean_or_neither(backend, kind, sigmoid):
+def test_rows_of_either_mean_or_neither(backend, kind, sigmoid, gamma):
     logits, target = make_logits((9, 65), torch.float32), make_target(kind, (9, 65), torch.float32)
     if kind == "dense":
         target = (target[0] * 1.5, None, None)  # Σy ≠ 1
-    options = {"sigmoid": sigmoid, "smoothing": 0.1}
+    options = {"sigmoid": sigmoid, "smoothing": 0.1, "gamma": gamma}
     check_mixupe_loss(logits, target, (5, 6), penalty=1, rescale=False, **options)
     check_mixupe_loss(logits, target, (0, 9), **options)
     check_mixupe_loss(logits, target, (3, 3), **options)
     parts = check_mixupe_loss(logits, target, (9, 0), **options)
-    assert parts[1] == 0
+    assert parts[1] == parts[2] == 0  # no clean row, no R
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,13 +123,18 @@ def test_ignored_rows_leave_both_means(backend):
     partner_labels[[4, 5, 16]] = -100
     check_mixupe_loss(logits, (labels, None, None), (10, 10))
     check_mixupe_loss(logits, (labels, partner_labels, lam), (10, 10))
-    parts = check_mixupe_loss(logits, (torch.full_like(labels, -100), None, None), (10, 10))
-    assert parts.tolist() == [0, 0, 1, 0, 0]
+    check_mixupe_loss(logits, (labels, partner_labels, lam), (10, 10), gamma=0.25)
+    for gamma in (0.0, 0.25):
+        parts = check_mixupe_loss(logits, (torch.full_like(labels, -100), None, None), (10, 10), gamma=gamma)
+        assert parts.tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
-def test_a_loss_of_ignored_rows_is_zero(backend):
+@pytest.mark.parametrize("gamma", [0.0, 0.25])
+def test_a_loss_of_ignored_rows_is_zero(backend, gamma):
     logits, ignored = torch.randn(4, 5, requires_grad=True), torch.full((4,), -100)
-    loss = mk.mixupe_loss(logits, mk.MixedTarget(ignored, ignored, torch.ones(4), 2, 2, 0.3), eta=1.0)
+    loss = mk.mixupe_loss(
+        logits, mk.MixedTarget(ignored, ignored, torch.ones(4), 2, 2, 0.3), eta=1.0, clean_weight=gamma
+    )
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros(4, 5))
 
@@ -132,8 +142,8 @@ def test_a_loss_of_ignored_rows_is_zero(backend):
 @pytest.mark.parametrize("kind", TARGETS)
 def test_empty_batch(backend, kind):
     logits, target, eta = torch.zeros(0, 5), make_target(kind, (0, 5), torch.float32), torch.tensor(0.3)
-    loss, parts, *saved = ops.mixupe_loss(logits, *target, eta, eta, 0, 0)
-    assert loss == 0 and parts.tolist() == [0, 0, 1, 0, 0]
+    loss, parts, *saved = ops.mixupe_loss(logits, *target, eta, eta, 0, 0, clean_weight=0.25)
+    assert loss == 0 and parts.tolist() == [0, 0, 0, 1, 0, 0, 0]
     assert ops.mixupe_loss_backward(eta, logits, *target, parts, *saved, 0).shape == (0, 5)
 
 

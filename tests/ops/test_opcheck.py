@@ -39,6 +39,8 @@ def opcheck_cases():
         ("ce_entropy_backward", (lam, lam, None, z, entropy, lse, labels, partner_labels, lam), {}),
         ("mixupe_loss", (z, labels, partner_labels, lam, eta, weight, 3, 3), {}),
         ("mixupe_loss", (zb, labels, None, None, eta, weight, 6, 6, 1, 0.5, False, 0.1, False), {}),
+        ("mixupe_loss", (z, labels, partner_labels, lam, eta, weight, 3, 2, 0, 1.0, True, 0.0, False, 0.25), {}),
+        ("mixupe_loss_with_gradient", (z, labels, None, None, eta, weight, 4, 2), {"clean_weight": 0.25}),
         ("mixupe_loss_with_gradient", (z, labels, partner_labels, lam, eta, weight, 3, 3), {}),
         ("mixupe_loss_backward", (eta, z, *loss_tail), {}),
         ("mixupe_loss_backward_out", (eta, z.detach(), *loss_tail), {"out": torch.empty(6, 5)}),

@@ -22,6 +22,9 @@ from ..arguments import (
 )
 from .launch import Tile, launch_tiled
 from .rows import (
+    OF_CLEAN,
+    OF_MIX,
+    OF_PENALTY,
     PEEL_FROM,
     aligned_part,
     dense_tile,
@@ -105,8 +108,12 @@ def row_gradient(
     else:
         entropy, slope = split_sign(entropy)
         grad = tl.load(upstream[0]).to(ACC)
-        g_q = zero_where(slope == 0, grad * tl.load(upstream[1] + 4) * slope)
-        g_ce = tl.where(row < num_mixed, grad * tl.load(upstream[1] + 3), 0.0) - g_q
+        g_q = zero_where(slope == 0, grad * tl.load(upstream[1] + OF_PENALTY) * slope)
+        of_clean = tl.load(upstream[1] + OF_CLEAN)
+        of_ce = tl.where(
+            row < num_mixed, grad * tl.load(upstream[1] + OF_MIX), zero_where(of_clean == 0, grad * of_clean)
+        )
+        g_ce = of_ce - g_q
         g_lse = g_q * (mass - 1) if DENSE and not SIGMOID else g_q * 0
         g_entropy = g_q * 0 if DETACHED else g_q
     # A label out of range makes its row NaN, whatever its gradient.
@@ -209,6 +216,8 @@ def mixupe_loss_backward_out(
     grad: Tensor, logits: Tensor, target: RowTarget, stats: LossStats, options: LossBackwardOptions, *, out: Tensor
 ) -> None:
     """``mixupe_loss_backward`` into ``out`` (N, C), which may be the logits themselves: a tile is read, then written."""
+    check_logits(logits)
+    stats.check(logits)
     row_stats = RowStats(stats.signed_entropy, stats.lse)
     no_grads = RowGradients(None, None, None)
     _backward(out, logits, target, options.of_rows(), row_stats, no_grads, (grad, stats.parts, options))

@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import accumulate_dtype
-from ..arguments import LossArguments, RowOptions, RowTarget, check_logits
+from ..arguments import LossArguments, Parts, RowOptions, RowTarget, check_logits
 from .launch import Tile, launch_tiled, splits_for
 from .rows import (
+    OF_CLEAN,
+    OF_MIX,
+    OF_PENALTY,
     PEEL_FROM,
     aligned_part,
     anchor_of,
@@ -43,7 +46,7 @@ def finish_rows(
     C: tl.constexpr, STRIDE: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
     SIGMOID: tl.constexpr, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """CE, H and lse of each row from its state; for the loss, signed H and lse, and the program's part of its four sums."""
+    """CE, H and lse of each row from its state; for the loss, signed H and lse, and the program's part of its six sums."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     if SIGMOID:
@@ -81,13 +84,16 @@ def finish_rows(
         q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
         value, slope = penalty_of(q, PENALTY, THRESHOLD)
         mixed = inside & (row < num_mixed)
+        clean = inside & (row >= num_mixed)
         # NaN (a label out of range) counts as whole, so that it reaches the loss.
         whole = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
         tl.store(saved[1] + row, sign_entropy(entropy, tl.where(whole, slope, 0.0)), mask=inside)
         tl.store(sums + program, tl.sum(tl.where(mixed, ce, 0.0), 0))
         tl.store(sums + programs + program, tl.sum(tl.where(mixed, kept, 0.0), 0))
-        tl.store(sums + 2 * programs + program, tl.sum(tl.where(whole, value, 0.0), 0))
-        tl.store(sums + 3 * programs + program, tl.sum(tl.where(whole, 1.0, 0.0).to(ACC), 0))
+        tl.store(sums + 2 * programs + program, tl.sum(tl.where(clean, ce, 0.0), 0))
+        tl.store(sums + 3 * programs + program, tl.sum(tl.where(clean, kept, 0.0), 0))
+        tl.store(sums + 4 * programs + program, tl.sum(tl.where(whole, value, 0.0), 0))
+        tl.store(sums + 5 * programs + program, tl.sum(tl.where(whole, 1.0, 0.0).to(ACC), 0))
 
 
 @triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
@@ -204,15 +210,23 @@ def merge_stats(
     )  # fmt: skip
 
 
+@triton.jit
+def one_over(count):
+    """1 / count, 0 for a count of 0."""
+    return tl.where(count > 0, quotient(count * 0 + 1, tl.where(count > 0, count, 1.0)), 0.0)
+
+
 @triton.jit(do_not_specialize=["programs"])
 def loss_total(
     loss, parts, sums, eta, reg_weight,
     programs,
-    RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    CLEAN_WEIGHT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """L and its parts from the sums of every program; one program, so that the order is fixed."""
+    """L and its ``Parts`` from the sums of every program; one program, so that the order is fixed."""
     ce = tl.zeros((BLOCK,), sums.dtype.element_ty)
     rows_mix = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    clean = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    rows_clean = tl.zeros((BLOCK,), sums.dtype.element_ty)
     value = tl.zeros((BLOCK,), sums.dtype.element_ty)
     rows_reg = tl.zeros((BLOCK,), sums.dtype.element_ty)
     start = 0  # and while: as in sums.gather_rows
@@ -221,27 +235,37 @@ def loss_total(
         mask = program < programs
         ce += tl.load(sums + program, mask=mask, other=0.0)
         rows_mix += tl.load(sums + programs + program, mask=mask, other=0.0)
-        value += tl.load(sums + 2 * programs + program, mask=mask, other=0.0)
-        rows_reg += tl.load(sums + 3 * programs + program, mask=mask, other=0.0)
+        clean += tl.load(sums + 2 * programs + program, mask=mask, other=0.0)
+        rows_clean += tl.load(sums + 3 * programs + program, mask=mask, other=0.0)
+        value += tl.load(sums + 4 * programs + program, mask=mask, other=0.0)
+        rows_reg += tl.load(sums + 5 * programs + program, mask=mask, other=0.0)
         start += BLOCK
     rows_mix = tl.sum(rows_mix, 0)
-    rows_reg = tl.sum(rows_reg, 0)
-    one = rows_mix * 0 + 1
-    per_mix = tl.where(rows_mix > 0, quotient(one, tl.where(rows_mix > 0, rows_mix, 1.0)), 0.0)
-    per_reg = tl.where(rows_reg > 0, quotient(one, tl.where(rows_reg > 0, rows_reg, 1.0)), 0.0) * tl.load(reg_weight)
+    per_mix = one_over(rows_mix)
+    per_clean = one_over(tl.sum(rows_clean, 0))
+    per_reg = one_over(tl.sum(rows_reg, 0)) * tl.load(reg_weight)
     strength = tl.load(eta)
     mix_loss = tl.sum(ce, 0) * per_mix
+    clean_loss = tl.sum(clean, 0) * per_clean
     reg = tl.sum(value, 0) * per_reg
-    total = mix_loss + strength * reg
-    eta_hat = one
+    cross_entropy = mix_loss
+    if CLEAN_WEIGHT != 0:  # 0·∞ is NaN
+        cross_entropy += clean_loss * CLEAN_WEIGHT
+    total = cross_entropy + strength * reg
+    eta_hat = rows_mix * 0 + 1
     if RESCALE:
-        eta_hat = tl.where(total == 0, 1.0, quotient(tl.abs(mix_loss), tl.where(total == 0, 1.0, tl.abs(total))))
+        eta_hat = tl.where(total == 0, 1.0, quotient(tl.abs(cross_entropy), tl.where(total == 0, 1.0, tl.abs(total))))
+    of_clean = per_clean * 0
+    if CLEAN_WEIGHT != 0:
+        of_clean = eta_hat * per_clean * CLEAN_WEIGHT
     tl.store(loss, eta_hat * total)
     tl.store(parts, mix_loss)
-    tl.store(parts + 1, reg)
-    tl.store(parts + 2, eta_hat)
-    tl.store(parts + 3, eta_hat * per_mix)
-    tl.store(parts + 4, eta_hat * strength * per_reg)
+    tl.store(parts + 1, clean_loss)
+    tl.store(parts + 2, reg)
+    tl.store(parts + 3, eta_hat)
+    tl.store(parts + OF_MIX, eta_hat * per_mix)
+    tl.store(parts + OF_CLEAN, of_clean)
+    tl.store(parts + OF_PENALTY, eta_hat * strength * per_reg)
 
 
 def _forward(
@@ -256,7 +280,7 @@ def _forward(
     n, columns = logits.shape
     new = functools.partial(torch.empty, dtype=accumulate_dtype(logits.dtype), device=logits.device)
     saved = (None if loss else new(n), new(n), new(n))
-    total, parts = new(()), new(5)
+    total, parts = new(()), new(len(Parts._fields))
     num_mixed, num_reg = (loss.num_mixed, loss.num_reg) if loss else (0, 0)
     shape = {"C": columns, "STRIDE": logits.stride(0)}
     flags = {
@@ -271,7 +295,7 @@ def _forward(
         splits = splits_for(n, columns, tile.block)
         span = triton.cdiv(triton.cdiv(columns, tile.block), splits) * tile.block
         groups = triton.cdiv(n, MERGE_ROWS if splits > 1 else tile.rows)
-        sums = new((4, groups)) if loss else None
+        sums = new((6, groups)) if loss else None
         states = new((5, n, splits)) if splits > 1 else None
         if n:
             row_stats[(triton.cdiv(n, tile.rows), splits)](
@@ -287,7 +311,7 @@ def _forward(
         if loss:
             loss_total[(1,)](
                 total, parts, sums, loss.eta, loss.reg_weight, groups,
-                RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
+                CLEAN_WEIGHT=loss.clean_weight, RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
             )  # fmt: skip
 
     launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import RowTarget
+from ..arguments import Parts, RowTarget
 
 
 class Target(NamedTuple):
@@ -22,6 +22,9 @@ class Target(NamedTuple):
     class_weight: Tensor | None
 
 
+OF_MIX, OF_CLEAN, OF_PENALTY = (
+    tl.constexpr(Parts._fields.index(name)) for name in ("of_mix", "of_clean", "of_penalty")
+)
 PEEL_FROM = tl.constexpr(512)  # shorter rows have too few columns for separate edges to pay
 
 
