@@ -22,7 +22,7 @@ def number(name: str, value, expected: str, accept) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
     value = float(value)
-    if math.isnan(value) or not accept(value):
+    if value != value or not accept(value):  # NaN; math.isnan takes no symbol of a graph
         raise ValueError(f"{name} must be {expected}, got {value}")
     return value
 

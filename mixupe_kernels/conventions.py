@@ -86,6 +86,11 @@ def kept(cache: dict[_Key, Tensor], key: _Key, make: Callable[[], Tensor]) -> Te
     return found
 
 
+def scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-d tensor. A graph takes a number that changes as the factor of a product; of ``torch.full`` it is a constant."""
+    return torch.ones((), dtype=dtype, device=device) * number
+
+
 def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """``make()``, or what it returned for ``key`` and the default dtype before. Callers must not write to it, nor hand it
     out."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept, scalar
 from .ops import LossArguments, RowOptions, RowTarget, reference
 
 
@@ -365,9 +365,10 @@ _scalars: dict[Hashable, Tensor] = {}
 def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A non-negative number as a 0-d tensor of the compute dtype beside ``like``. Numbers are converted once."""
     compute, device = torch.float64 if like.dtype is torch.float64 else torch.float32, like.device
-    found = _scalars.get((value, compute, device)) if type(value) is float else None
-    if found is not None and not torch.compiler.is_compiling():
-        return found
+    if type(value) is float and not torch.compiler.is_compiling():  # looked up, a graph's number would be its constant
+        found = _scalars.get((value, compute, device))
+        if found is not None:
+            return found
     if isinstance(value, Tensor):
         if value.dim():
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
@@ -379,7 +380,7 @@ def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"{name} must have a value, got a meta tensor")
         return value.to(device, compute, non_blocking=True)
     number = checks.non_negative(name, value)
-    return kept(_scalars, (number, compute, device), lambda: torch.full((), number, dtype=compute, device=device))
+    return kept(_scalars, (number, compute, device), lambda: scalar(number, compute, device))
 
 
 _MIXED_NAMES = {name: f"target.{name}" for name in MixedTarget._fields}

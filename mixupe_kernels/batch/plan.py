@@ -100,12 +100,11 @@ class CleanRows:
         wanted = max(round(self.fraction * batch), 1)
         if self.split:
             return min(wanted, batch - 1)
-        rounded = round((batch + wanted) / 8) * 8 - batch
-        if rounded < 1:
-            rounded += 8
+        rounded = max(round((batch + wanted) / 8) * 8 - batch, 8 - batch % 8)  # 1 at least
         if rounded > batch:
             rounded -= 8
-        return rounded if rounded >= 1 else wanted
+            return rounded if rounded >= 1 else wanted
+        return rounded
 
     def num_rows(self, batch: int) -> int:
         return batch if self.split or self.mixed or batch == 0 else batch + self.num_clean(batch)
@@ -155,7 +154,6 @@ class Plan:
         self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
         self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
         self._check_combination()
-        self._ramped = isinstance(self.alpha, LinearRamp) or (clean is not None and clean.eta_ramp is not None)
         self.progress = Progress(1 if clean is None else clean.interval)
         self.set_epoch(0)
 
@@ -309,11 +307,12 @@ class Plan:
         """The samples that become rows (None for all, in their order), the counts of mixed and regularized rows, and w."""
         if clean is None:
             return None, batch, 0, 0.0
-        if self._ramped and torch.compiler.is_compiling():  # a number would be a constant of the graph
-            return *clean.layout(batch, device, source), torch.ones(
-                (), dtype=torch.float32, device=device
-            ) * self._reg_weight
-        return *clean.layout(batch, device, source), self.reg_weight
+        weight: Tensor | float = self.reg_weight
+        if (
+            torch.compiler.is_compiling()
+        ):  # a number would be a constant of the graph, or a symbol, which makes it twice
+            weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
+        return *clean.layout(batch, device, source), weight
 
     def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
         """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, debug, ops
-from ..conventions import accumulate_dtype, kept
+from ..conventions import accumulate_dtype, kept, scalar
 from ..target import Parsed, as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
 from .options import Options
@@ -202,7 +202,7 @@ class MixupELoss(nn.Module):
         return loss
 
     def _make_eta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.full((), self._eta_value, dtype=accumulate_dtype(dtype), device=device)
+        return scalar(self._eta_value, accumulate_dtype(dtype), device)
 
     def extra_repr(self) -> str:
         weights = f"eta={self.eta:g}, clean_weight={self.clean_weight:g}"

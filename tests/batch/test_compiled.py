@@ -150,3 +150,68 @@ def test_cutmix_in_a_graph():
         expected, expected_target = eager(x, labels)
         torch.testing.assert_close(rows, expected)
         torch.testing.assert_close(target.lam, expected_target.lam)
+
+
+RAMP = mk.LinearRamp(0, 1, last_epoch=3)
+RUNS = [
+    ({}, 2),
+    ({"clean_fraction": 1 / 4, "pairing": "different_class"}, 2),
+    ({"num_samples": 3, "num_classes": CLASSES}, 2),
+    ({"alpha": mk.LinearRamp(0.2, 2.0, last_epoch=3), "eta_ramp": RAMP}, 2),
+    ({"interval": 3}, 3),  # batches with clean rows, batches without, and one of them for the first size alone
+    ({"warmup_epochs": 1, "eta_ramp": RAMP}, 3),
+]
+
+
+@pytest.mark.parametrize(("options", "allowed"), RUNS, ids=["-".join(options) for options, _ in RUNS])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_whole_run_takes_few_graphs(options, allowed, dynamic):
+    """Mixer, model and criterion in one graph, for batches of several sizes."""
+    fn, criterion, used = mk.MixupE(**options), mk.MixupELoss(), set()
+    make = torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(module, inputs):
+        made = make(module, inputs)
+
+        def run(*args):
+            used.add(made)  # torch makes some graphs twice and drops the first
+            return made(*args)
+
+        return run
+
+    def step(x, labels):
+        rows, target = fn(x, labels)
+        return criterion(rows, target)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=dynamic)
+    for epoch in range(3):
+        fn.set_epoch(epoch)
+        for size in (16, 16, 24, 40, 17):
+            compiled(torch.randn(size, CLASSES), torch.randint(CLASSES, (size,)))
+    assert len(used) <= (2 if dynamic else allowed)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("which", ["eta", "reg_weight", "criterion"])
+def test_a_number_that_changes_makes_no_graphs(which, dynamic):
+    given, criterion = {"eta": 0.5, "reg_weight": 0.25}, mk.MixupELoss(0.5)
+    labels, lam = torch.randint(CLASSES, (8,)), torch.rand(8)
+
+    def loss(logits):
+        target = mk.MixedTarget(labels, labels.flip(0), lam, 4, 4, given["reg_weight"])
+        if which == "criterion":
+            return criterion(logits, target)
+        return mk.mixupe_loss(logits, target, eta=given["eta"])
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=dynamic)
+    logits, results = torch.randn(8, CLASSES), []
+    for number in range(6):
+        given[which] = criterion.eta = 0.3 * number
+        results.append((compiled(logits), dict(given), criterion.eta))
+    assert counter.frame_count <= 2
+    for result, numbers, criterion.eta in results:
+        given.update(numbers)
+        torch.testing.assert_close(result, loss(logits))
