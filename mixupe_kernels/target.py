@@ -20,9 +20,9 @@ class MixedTarget(NamedTuple):
 
     It is a tuple of six and ``len`` says so: torch.compile compiles anew for each length of a tuple, whatever it is as a
     pytree, and libraries go over a tuple by ``range(len(t))``. :attr:`shape` and :attr:`num_rows` are those of the rows,
-    :meth:`rows` slices them and :meth:`cat` joins targets: code that slices each tensor of a tuple by itself (accelerate's
-    dispatched batches) leaves the counts, so mix after it. Containers that rebuild a tuple keep it: it is made of six arguments or of one iterable of six, and
-    ``torch.load(weights_only=True)`` takes it once this package is imported.
+    :meth:`rows` slices them and :meth:`cat` joins targets. Code that slices each tensor of a tuple by itself (accelerate's
+    dispatched batches) leaves the counts, so mix after it. Containers that rebuild a tuple keep it: it is made of six
+    arguments or of one iterable of six, and ``torch.load(weights_only=True)`` takes it once this package is imported.
 
     Attributes:
         labels: (N,) int64 classes, or (N, C) soft labels, of the rows' own samples.

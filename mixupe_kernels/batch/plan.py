@@ -308,9 +308,7 @@ class Plan:
         if clean is None:
             return None, batch, 0, 0.0
         weight: Tensor | float = self.reg_weight
-        if (
-            torch.compiler.is_compiling()
-        ):  # a number would be a constant of the graph, or a symbol, which makes it twice
+        if torch.compiler.is_compiling():  # a number would be a graph's constant, or its symbol, which makes it twice
             weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         return *clean.layout(batch, device, source), weight
 
