@@ -151,13 +151,14 @@ def test_second_derivatives_are_differences(backend, form, logits, target):
     assert torch.autograd.gradgradcheck(loss, logits)
 
 
-def test_equals_the_weight_that_counts_every_row_once(logits):
-    """γ = ρ: with B mixed rows and ρB clean ones of CE each, L is their sum over B."""
-    labels = torch.randint(CLASSES, (8,))
-    rows, target = mk.MixupE(clean_fraction=1 / 4)(torch.randn(8, 3, dtype=torch.float64), labels)
+def test_a_gamma_of_the_clean_fraction_counts_every_row_once():
+    """With B mixed rows and ρB clean ones, L is the sum of all rows' cross-entropy over B."""
+    labels = torch.randint(CLASSES, (32,))
+    rows, target = mk.MixupE(clean_fraction=1 / 4)(torch.randn(32, 3, dtype=torch.float64), labels)
+    assert len(rows) == 40
     z = rows @ torch.randn(3, CLASSES, dtype=torch.float64)
     loss = mk.mixupe_loss(z, target, eta=0.0, clean_weight=1 / 4)
-    torch.testing.assert_close(loss, mk.ce_entropy(z, target).ce.sum() / 8)
+    torch.testing.assert_close(loss, mk.ce_entropy(z, target).ce.sum() / 32)
 
 
 def test_may_change_between_steps_and_not_before_the_backward(logits, target):
