@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept, scalar
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept, moved, scalar
 from .ops import LossArguments, RowOptions, RowTarget, reference
 
 
@@ -292,7 +292,7 @@ def _triple(target: Any) -> tuple:
     labels, partner_labels, lam = target
     checks.tensor("target.labels", labels)
     if not isinstance(lam, Tensor):
-        lam = torch.tensor(checks.fraction("target.lam", lam), dtype=torch.float64, device=labels.device)
+        lam = torch.full((), checks.fraction("target.lam", lam), dtype=torch.float64, device=labels.device)
     return labels, partner_labels, lam.expand(labels.shape[:1]) if lam.dim() == 0 else lam
 
 
@@ -378,7 +378,7 @@ def as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise TypeError(f"{name} must have a real dtype, got {value.dtype}")
         if value.is_meta and device.type != "meta":
             raise ValueError(f"{name} must have a value, got a meta tensor")
-        return value.to(device, compute, non_blocking=True)
+        return moved(name, value, device, compute)
     number = checks.non_negative(name, value)
     return kept(_scalars, (number, compute, device), lambda: scalar(number, compute, device))
 

@@ -217,7 +217,7 @@ def test_what_would_hang_or_trap_is_an_error(programs, kernel, message):
 # What is changed in a copy of csrc/cuda, and whether that is a race or leaves elements unwritten.
 MUTANTS = {
     "none": ("team.h", "", "", False, False),
-    "a barrier less": ("team.h", "__syncthreads();", "", True, None),  # a race may give any number
+    "a barrier less": ("team.h", "__syncthreads();", "", True, None),  # which may give any number, or an error
     "a block less": ("tiling.h", "return samples * tiles;", "return samples * tiles - 1;", False, True),
 }
 
@@ -245,7 +245,7 @@ def test_the_library_has_no_race_and_writes_every_element(tmp_path, mutant):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     program = [sys.executable, "-m", "tests.emulated_calls"]
     written, reported = sanitized("env", f"LD_PRELOAD={tsan}", *program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert len(written.splitlines()) == len(CALLS), written
     assert reported == race
     if unwritten is not None:
+        assert len(written.splitlines()) == len(CALLS), written
         assert ("nan" in written) == unwritten, written

@@ -114,6 +114,80 @@ def test_graph_replay_reads_fresh_lam_and_eta(backend):
             torch.testing.assert_close(got, expected)
 
 
+def captured(step, *generators):
+    """(A graph of the step, captured after one call on a stream of its own, and what the captured call returned.)"""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+def test_a_captured_step_draws_afresh_and_follows_epochs(backend):
+    generator = torch.Generator("cuda").manual_seed(0)
+    ramps = {"alpha": mk.LinearRamp(0.2, 1.0, last_epoch=4), "eta_ramp": mk.LinearRamp(0, 1, last_epoch=4)}
+    mixer, criterion = mk.MixupE(**ramps, clean_fraction=0.25, generator=generator), mk.MixupELoss(eta=0.5)
+    x, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+    weight, rows = torch.randn(192, 10, requires_grad=True), torch.empty(40, 3, 8, 8)
+
+    def step():
+        mixed, target = mixer(x, labels, out=rows)
+        logits = mixed.flatten(1) @ weight
+        loss = criterion(logits, target)
+        return loss, torch.autograd.grad(loss, weight)[0], logits, target
+
+    graph, (loss, gradient, logits, target) = captured(step, generator)
+    lams = set()
+    for epoch in range(5):
+        mixer.set_epoch(epoch)
+        for size in range(1, 300):  # constants of other batches must not take the place of the graph's
+            mk.Mixup(pairing="roll")(torch.randn(size, 2), torch.zeros(size, dtype=torch.int64))
+        graph.replay()
+        lams.add(float(target.lam[0]))
+        assert float(target.reg_weight) == pytest.approx(mixer.plan.reg_weight)
+        expected = criterion(logits.detach().requires_grad_(), target)
+        torch.testing.assert_close(loss, expected)
+        assert gradient.isfinite().all()
+    assert len(lams) == 5
+
+
+def test_what_would_freeze_in_a_graph_asks_for_a_first_call(backend):
+    logits, labels, criterion = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), mk.MixupELoss()
+    with pytest.raises(RuntimeError, match="must be called once on cuda"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        criterion(logits, labels)
+    criterion(logits, labels)
+
+
+def test_constants_made_on_one_stream_serve_another(backend):
+    x, labels = torch.randn(8, 3, 4, 4), torch.randint(10, (8,))
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for size in range(1, 9):
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(10_000_000)
+            mk.Mixup(pairing="roll")(x[:size], labels[:size])
+        _, target = mk.Mixup(pairing="roll")(x[:size], labels[:size])
+        assert torch.equal(target.partner_labels, labels[:size].roll(1))
+
+
+def test_a_lam_on_the_cpu_does_not_wait(backend):
+    x, lam = torch.randn(8, 3), torch.tensor(0.3, device="cpu")
+    expected = mk.mix(x, "flip", 0.3)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixed = mk.mix(x, "flip", lam)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.testing.assert_close(mixed, expected)
+
+
 @pytest.mark.parametrize("cutmix_alpha", [None, 1.0])
 @pytest.mark.parametrize("clean_fraction, split", [(1.0, False), (0.25, False), (0.25, True)])
 def test_a_step_never_synchronises(backend, clean_fraction, split, cutmix_alpha):

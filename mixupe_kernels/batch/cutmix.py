@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..conventions import constant
+from ..conventions import constant, vector
 from .randomness import Source
 from .sampling import rand
 
@@ -15,7 +15,7 @@ def draw_box(lam: Tensor, height: int, width: int, generator: Source) -> tuple[T
     """
     size = constant(
         ("image", height, width, lam.device),
-        lambda: torch.tensor([height, width], dtype=torch.float64, device=lam.device),
+        lambda: vector([height, width], torch.float64, lam.device),
     )
     centre = (rand((2,), generator, lam.device, torch.float64) * size).floor()
     half = (0.5 * torch.sqrt(1 - lam.double()) * size).floor()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import accumulate_dtype, constant
+from ..conventions import accumulate_dtype, constant, vector
 
 FORMATS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and the dimensions each is for
 
@@ -223,11 +223,9 @@ class Transform:
         if x.dim() < 2 or x.shape[1] != len(mean):
             raise ValueError(f"{name} must have shape (B, {len(mean)}, ...), got {tuple(x.shape)}")
         compute = accumulate_dtype(x.dtype)
-
-        def vector(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=x.device).to(compute)
-
         key = (mean, std, per, compute, x.device)
-        scale = constant(("scale", *key), lambda: vector([1 / (per * s) for s in std]))
-        shift = constant(("shift", *key), lambda: vector([-m / s for m, s in zip(mean, std, strict=True)]))
+        scale = constant(("scale", *key), lambda: vector([1 / (per * s) for s in std], compute, x.device))
+        shift = constant(
+            ("shift", *key), lambda: vector([-m / s for m, s in zip(mean, std, strict=True)], compute, x.device)
+        )
         return Arguments(scale, shift, dtype, memory_format)

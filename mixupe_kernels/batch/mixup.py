@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..conventions import accumulate_dtype, row_format
+from ..conventions import accumulate_dtype, is_capturing, row_format
 from ..target import MixedTarget, check_labels
 from . import inputs, sampling
 from . import state as saved_state
@@ -83,7 +83,8 @@ class Mixup:
         labels_key: the entry of a dict that holds the labels.
         warmup_epochs: plain samples in the epochs before this one (mixup, §3.3).
         off_epoch: plain samples from this epoch on; never if None.
-        generator: source of randomness, on the batch's device; torch's default for the device if None.
+        generator: source of randomness, on the batch's device; torch's default for the device if None. A CUDA graph
+            that is to draw from it has to be told, before it is captured: ``graph.register_generator_state(generator)``.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
@@ -101,6 +102,10 @@ class Mixup:
 
     Setting ``enabled`` to False makes it return plain samples. ``set_epoch`` drives warm-up, off_epoch and ramps;
     ``state_dict`` holds what a resumed run needs to draw the same batches.
+
+    A call may be captured in a CUDA graph after one that was not. Each replay draws afresh, and reads what ``set_epoch`` made
+    of ramps since. ``steps`` counts the call that was captured alone, and the graph keeps what that was: a regularized batch of
+    its ``interval`` or not, mixed or plain.
 
     In the collate function of a data loader, the workers' copies follow: what ``set_epoch`` and ``enabled`` were told in
     the main process holds for every batch that a worker begins afterwards, ``steps`` counts the batches of all workers,
@@ -242,7 +247,11 @@ class Mixup:
         check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             checks.ids(ids, labels)
-        with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(None) else nullcontext():
+        with (
+            saved_state.restored_on_error(self.plan, labels.device)
+            if self._may_fail(None, labels.device)
+            else nullcontext()
+        ):
             return self.plan.draw(labels, ids=ids, image_size=image_size)
 
     def num_rows(self, batch: int) -> int:
@@ -299,7 +308,11 @@ class Mixup:
             out = self._check_out("out", out, x, arguments)
         size = None if self.cutmix_alpha is None else inputs.image_size([x])
         unsure = self.plan.careful or out is not None
-        with saved_state.restored_on_error(self.plan, x.device) if unsure and self._may_fail(out) else nullcontext():
+        with (
+            saved_state.restored_on_error(self.plan, x.device)
+            if unsure and self._may_fail(out, x.device)
+            else nullcontext()
+        ):
             drawn = draw(labels, ids=ids, image_size=size)
             return write(drawn, x, arguments, out), drawn.target
 
@@ -330,7 +343,11 @@ class Mixup:
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
         size = None if self.cutmix_alpha is None else inputs.image_size(entries.values())
-        with saved_state.restored_on_error(self.plan, labels.device) if self._may_fail(out) else nullcontext():
+        with (
+            saved_state.restored_on_error(self.plan, labels.device)
+            if self._may_fail(out, labels.device)
+            else nullcontext()
+        ):
             drawn = draw(labels, ids=ids, image_size=size)
             changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if drawn.rows is not None:
@@ -339,9 +356,13 @@ class Mixup:
             changes[self.labels_key] = drawn.target
         return inputs.replaced(x, changes), drawn.target
 
-    def _may_fail(self, out: Any) -> bool:
-        """Whether something can still be refused once drawing begins: what a function returned, or a buffer's memory."""
-        return (self.plan.careful or out is not None) and not torch.compiler.is_compiling()
+    def _may_fail(self, out: Any, device: torch.device) -> bool:
+        """Whether something can still be refused once drawing begins: what a function returned, or a buffer's memory.
+
+        Not where nothing is drawn yet: by a compiler, and while a CUDA graph is captured, which generators refuse to be read in.
+        """
+        unsure = self.plan.careful or out is not None
+        return unsure and not torch.compiler.is_compiling() and not is_capturing(device)
 
     def _check_out(self, name: str, out: Tensor | None, x: Tensor, arguments: inputs.Arguments) -> Tensor | None:
         """The buffer to write, checked; None for fresh memory."""

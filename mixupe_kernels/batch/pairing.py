@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import check_range, sequence
+from ..conventions import check_range, moved, sequence
 from .randomness import Stream, from_stream
 from .sampling import rand
 
@@ -102,7 +102,7 @@ class Neighbors:
         self.index = index
 
     def __call__(self, size, generator, device, labels=None, ids=None) -> Tensor:
-        self.index = self.index.to(device)
+        self.index = moved("index", self.index, device, torch.int64)
         total = self.index.shape[0]
         rows = sequence(size, device)
         if ids is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .. import checks, ops
-from ..conventions import IGNORE_INDEX, constant, sequence
+from ..conventions import IGNORE_INDEX, constant, moved, rewritten, sequence
 from ..target import MixedTarget
 from . import cutmix, sampling
 from . import pairing as pairings
@@ -154,14 +154,20 @@ class Plan:
         self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
         self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
         self._check_combination()
+        self._ramped = isinstance(self.alpha, LinearRamp) or (clean is not None and clean.eta_ramp is not None)
+        # On devices, what a ramp changes is written where it was: a captured CUDA graph reads it there.
+        self._weights: dict[torch.device, Tensor] = {}
+        self._alphas: dict[torch.device, Tensor] = {}
         self.progress = Progress(1 if clean is None else clean.interval)
         self.set_epoch(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "generator"}
+        state = {name: value for name, value in vars(self).items() if name != "generator"}
+        return {**state, "_weights": {}, "_alphas": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, generator=None if state["stream"] is None else state["stream"].generator)
+        self._write_on_devices()
 
     def _check_combination(self) -> None:
         ramp = isinstance(self.alpha, LinearRamp)
@@ -201,8 +207,15 @@ class Plan:
         factor = 0.0 if self.clean is None else self.clean.eta_factor(epoch) * self.clean.interval
         self.law, self.reg_weight = law, factor * law.expected_a_lambda
         self._reg_weight = torch.tensor(self.reg_weight, dtype=torch.float32, device="cpu")
+        self._write_on_devices()
         self.progress.epoch = epoch
         self._update_active()
+
+    def _write_on_devices(self) -> None:
+        for weight in self._weights.values():
+            weight.fill_(self.reg_weight)
+        if isinstance(self.alpha, LinearRamp) and isinstance(self.law, sampling.Beta | sampling.Dirichlet):
+            self.law.gammas.share(self._alphas, min(self.alpha.start, self.alpha.stop))
 
     def set_enabled(self, enabled: bool) -> None:
         self.progress.enabled = checks.boolean("enabled", enabled)
@@ -264,9 +277,8 @@ class Plan:
         size = (batch,) if self.per_sample else ()
         lam = self.law.sample(size, source, device)
         if self._own_law:
-            lam = sampling.check("lam_distribution.sample(size, generator, device)", lam, size, device).to(
-                device, torch.float32
-            )
+            name = "lam_distribution.sample(size, generator, device)"
+            lam = moved(name, sampling.check(name, lam, size, device), device, torch.float32)
         if self.prob < 1:
             lam = self._leave_some(lam, one(device), source)
         pixel_lam = lam
@@ -307,10 +319,19 @@ class Plan:
         """The samples that become rows (None for all, in their order), the counts of mixed and regularized rows, and w."""
         if clean is None:
             return None, batch, 0, 0.0
-        weight: Tensor | float = self.reg_weight
-        if torch.compiler.is_compiling():  # a number would be a graph's constant, or its symbol, which makes it twice
-            weight = torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
-        return *clean.layout(batch, device, source), weight
+        return *clean.layout(batch, device, source), self._weight(device)
+
+    def _weight(self, device: torch.device) -> Tensor | float:
+        """w: a number, or a tensor where a graph would make a constant of it."""
+        if torch.compiler.is_compiling():  # or a symbol, which makes the graph twice
+            return torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
+        if not self._ramped or device.type == "cpu":
+            return self.reg_weight
+
+        def make():
+            return torch.full((), self.reg_weight, dtype=torch.float32, device=device)
+
+        return rewritten(self._weights, device, device, make, "a mixer with a ramp")
 
     def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
         """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import check_range, constant
+from ..conventions import check_range, kept, moved, rewritten, vector
 from .randomness import Source, Stream, from_stream, standard_gamma
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
@@ -61,7 +61,27 @@ class _Gammas:
         self.concentration = concentration
         self.logarithms = min(concentration) < _SMALLEST_DIRECT
         self._on_cpu = torch.tensor(concentration, dtype=torch.float64, device="cpu")
+        self._on_devices: dict[torch.device, Tensor] = {}
+        self._ramped = False
         self._scalars = [torch.tensor(value, dtype=torch.float32, device="cpu") for value in concentration]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_on_devices": {}}
+
+    def share(self, tensors: dict[torch.device, Tensor], least: float) -> None:
+        """Keep the numbers, of one epoch of a ramp down to ``least``, in ``tensors``, where graphs read those of every epoch."""
+        self._on_devices, self._ramped, self.logarithms = tensors, True, least < _SMALLEST_DIRECT
+        for tensor in tensors.values():
+            for place, value in zip(tensor.unbind(), self.concentration, strict=True):
+                place.fill_(value)
+
+    def _on_device(self, device: torch.device) -> Tensor:
+        def make():
+            return vector(self.concentration, torch.float64, device)
+
+        if self._ramped:
+            return rewritten(self._on_devices, device, device, make, "a mixer with a ramp")
+        return kept(self._on_devices, device, make)
 
     def draw(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         """Shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
@@ -72,7 +92,7 @@ class _Gammas:
             ones = [torch.ones((), dtype=torch.float64, device=device) for _ in self._scalars]
             parameters = torch.stack([one * scalar for one, scalar in zip(ones, self._scalars, strict=True)])
         elif device.type != "cpu":
-            parameters = constant(("concentration", self.concentration, device), lambda: parameters.to(device))
+            parameters = self._on_device(device)
         if size:
             parameters = parameters.expand(*size, len(self.concentration))
         if self.logarithms:
@@ -117,7 +137,7 @@ class Distribution:
         shown = ", ".join(
             f"{name}={value!r}"
             for name, value in vars(self).items()
-            if not name.startswith(("expected", "_", "uniform")) and not (name == "fold" and value == "none")
+            if not name.startswith(("expected", "gammas", "uniform")) and not (name == "fold" and value == "none")
         )
         return f"{type(self).__name__}({shown})"
 
@@ -131,12 +151,12 @@ class Beta(Distribution):
         self.beta = self.alpha if beta is None else checks.positive("beta", beta)
         self.expected_a_lambda = expected_a_lambda(self.alpha, self.beta)
         self.uniform = self.alpha == self.beta == 1  # and drawn as such
-        self._gammas = _Gammas((self.alpha, self.beta))
+        self.gammas = _Gammas((self.alpha, self.beta))
 
     def draw(self, size, generator, device):
         if self.uniform:
             return rand(size, generator, device)
-        return self._gammas.draw(size, generator, device).select(-1, 0).float()
+        return self.gammas.draw(size, generator, device).select(-1, 0).float()
 
 
 class HalfBeta(Beta):
@@ -173,10 +193,10 @@ class WShaped(Distribution):
         self.alpha = checks.positive("alpha", alpha)
         # E[λ(1 - λ)] = (1 - E[X²]) / 4 and E[X²] = 1/4 + 1/(4(2α + 1)).
         self.expected_a_lambda = (1 - 0.25 - 0.25 / (2 * self.alpha + 1)) / 2
-        self._gammas = _Gammas((self.alpha, self.alpha))
+        self.gammas = _Gammas((self.alpha, self.alpha))
 
     def draw(self, size, generator, device):
-        x = self._gammas.draw(size, generator, device).select(-1, 0).float()
+        x = self.gammas.draw(size, generator, device).select(-1, 0).float()
         upper = rand(size, generator, device) < 0.5
         return (x + upper) / 2
 
@@ -244,7 +264,8 @@ class Custom(Distribution):
 
     def draw(self, size, generator, device):
         lam = self.function(size, generator, device)
-        return check("function(size, generator, device)", lam, size, device).to(device, torch.float32)
+        name = "function(size, generator, device)"
+        return moved(name, check(name, lam, size, device), device, torch.float32)
 
 
 class Dirichlet:
@@ -258,11 +279,11 @@ class Dirichlet:
         self.num_samples = checks.positive_int("num_samples", num_samples)
         self.expected_a_lambda = (num_samples - 1) * self.alpha / (num_samples * self.alpha + 1)
         self.expected_a_lambda_error = 0.0
-        self._gammas = _Gammas((self.alpha,) * self.num_samples)
+        self.gammas = _Gammas((self.alpha,) * self.num_samples)
 
     def sample(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
         """Weights of shape (*size, num_samples), float32, that sum to 1, on ``device``."""
-        return self._gammas.draw(size, generator, device).float()
+        return self.gammas.draw(size, generator, device).float()
 
     def __repr__(self) -> str:
         return f"Dirichlet({self.alpha:g}, {self.num_samples})"

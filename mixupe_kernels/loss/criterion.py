@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, debug, ops
-from ..conventions import accumulate_dtype, kept, scalar
+from ..conventions import accumulate_dtype, rewritten, scalar
 from ..target import Parsed, as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
 from .options import Options
@@ -197,7 +197,8 @@ class MixupELoss(nn.Module):
         key = logits.device, logits.dtype
         eta = self._eta.get(key)
         if eta is None:
-            eta = kept(self._eta, key, functools.partial(self._make_eta, *key))
+            make = functools.partial(self._make_eta, *key)
+            eta = rewritten(self._eta, key, logits.device, make, "a MixupELoss")
         loss, self._last[0] = _loss(logits, target, parsed, eta, self.options, q)
         return loss
 

@@ -1,5 +1,7 @@
 """Classifier and loss as one: for large C the (N, C) logits never exist at once."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, arguments, dtype, chunk_rows):
@@ -39,7 +47,7 @@ class _LinearLoss(torch.autograd.Function):
         count, classes = hidden.shape[0], weight.shape[0]
         buffer = hidden.new_empty((min(chunk_rows, count), classes), dtype=dtype)
         rows = RowOutputs(*(hidden.new_empty(count, dtype=accumulate_dtype(dtype)) for _ in range(3)))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device.type):
             for chunk in _chunks(count, chunk_rows):
                 logits = _logits(hidden[chunk].to(dtype), matrix, offset, buffer)
                 outputs = ops.ce_entropy(logits, _of_chunk(target, chunk), arguments.of_rows())

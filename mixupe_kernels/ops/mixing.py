@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import accumulate_dtype, row_format
+from ..conventions import accumulate_dtype, moved, row_format
 from . import reference
 from .arguments import check_box
 from .registration import call, define, differentiable, keep, kept, signature_of
@@ -22,7 +22,7 @@ def _as_lam(lam: Tensor | float, like: Tensor, rows: int) -> Tensor:
     if lam.dim():
         checks.shape("lam", lam, (rows,))
         checks.same_device("lam", lam, "x", like)
-    return lam.to(like.device, compute)
+    return moved("lam", lam, like.device, compute)
 
 
 def _mix_fake(x, partner, lam, rows=None, scale=None, shift=None, dtype=None, memory_format=None, box=None):
