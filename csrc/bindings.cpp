@@ -1,42 +1,20 @@
-// mixupe_kernels._build: what was built, for `doctor`, and row.h and the orders of bfloat16 rows, for tests.
+// mixupe_kernels._build: row.h and the orders of bfloat16 rows, for tests. Editable installs have it, wheels do not.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/bfloat16.h"
-#include "cpu/simd.h"
 #include "row.h"
 
 namespace py = pybind11;
 
 namespace mixupe {
 namespace {
-
-// The clone of a function that this machine runs: resolved by the same mechanism as the kernels' own.
-#ifdef MIXUPE_HAS_CLONES
-__attribute__((target("default"))) const char* simd_level() { return "x86-64 (SSE2)"; }
-__attribute__((target("arch=x86-64-v3"))) const char* simd_level() { return "x86-64-v3 (AVX2)"; }
-__attribute__((target("arch=x86-64-v4"))) const char* simd_level() { return "x86-64-v4 (AVX-512)"; }
-#else
-const char* simd_level() { return "the compiler's default"; }
-#endif
-
-py::dict facts() {
-  py::dict found;
-  found["compiler"] = MIXUPE_COMPILER;
-  found["simd_level"] = simd_level();
-  found["hardware_threads"] = std::thread::hardware_concurrency();
-  found["stable_abi_target"] = MIXUPE_TORCH_TARGET;
-  found["cuda_architectures"] = std::string(MIXUPE_CUDA_ARCHITECTURES).empty() ? "none" : MIXUPE_CUDA_ARCHITECTURES;
-  return found;
-}
 
 template <typename T>
 using Triple = std::tuple<T, T, T>;
@@ -153,8 +131,7 @@ void bind_bfloat16(py::module_ module) {
 }  // namespace mixupe
 
 PYBIND11_MODULE(_build, module) {
-  module.doc() = "What was built, and row.h for tests.";
-  module.def("facts", &mixupe::facts);
+  module.doc() = "row.h for tests.";
   module.attr("penalty_count") = mixupe::penalty_count;
   mixupe::bind<float>(module.def_submodule("float32"));
   mixupe::bind<double>(module.def_submodule("float64"));

@@ -25,7 +25,7 @@ from .target import MixedTarget
 
 batch_mean = input_mean  # the name until 0.1
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LinearRamp",

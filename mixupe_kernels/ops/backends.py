@@ -7,6 +7,7 @@ for another backend; from then on a call costs 2 µs more (torch 2.13).
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -289,15 +290,16 @@ def use_backend(name: str) -> Iterator[None]:
             _serve()
 
 
-def build_facts() -> dict[str, object]:
-    """What the compiled CPU library was built with; nothing if it does not serve, or the facts are of another install."""
+def build_facts() -> dict[str, str]:
+    """What the compiled CPU library tells of its build; nothing if it does not serve."""
     if _native["CPU"] == "reference":
         return {}
     try:
-        from mixupe_kernels import _build  # type: ignore[attr-defined]
-    except ImportError:
+        told = ctypes.CDLL(str(_PACKAGE / "_cpu.so")).mixupe_build_facts
+    except (OSError, AttributeError):  # replaced since it was loaded, by none or by one of another version
         return {}
-    return _build.facts() if Path(_build.__file__).parent == _PACKAGE else {}
+    told.restype = ctypes.c_char_p
+    return dict(line.split("=", 1) for line in told().decode().splitlines())
 
 
 # Nothing here asks for a CUDA device: the driver, once initialised, does not survive a fork.
