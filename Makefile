@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 EMULATED := mixupe_kernels/_cuda_emulated.so
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-matrix lint format clean
+.PHONY: demo test test-matrix dist lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -19,6 +19,14 @@ test: $(READY) $(EMULATED)
 # LEG=torch-2.10 runs that one. MIXUPE_ENVIRONMENTS is a folder for their environments that outlives this checkout.
 test-matrix: $(READY)
 	$(BIN)/python -m tests.matrix $(LEG)
+
+# The sdist and the wheels, checked beside nothing but torch; LEG="torch-2.10 torch-2.15" also in those legs' environments.
+dist: $(READY) $(VENV)/.dist
+	$(BIN)/python -m tests.dist $(LEG)
+
+$(VENV)/.dist: $(VENV)/.installed requirements/dist.lock
+	$(BIN)/pip install --quiet -r requirements/dist.lock
+	touch $@
 
 # .pre-commit-config.yaml is the list.
 lint: $(READY)
@@ -46,4 +54,4 @@ $(EMULATED): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build mixupe_kernels/*.so *.egg-info
+	rm -rf $(VENV) .matrix build dist mixupe_kernels/*.so *.egg-info
