@@ -5,7 +5,7 @@ on. Both stand where ``timm.data.Mixup`` or ``torchvision.transforms.v2.MixUp`` 
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
@@ -247,11 +247,7 @@ class Mixup:
         check_labels(labels, labels.shape[0] if labels.dim() else 0, labels)
         if ids is not None:
             checks.ids(ids, labels)
-        with (
-            saved_state.restored_on_error(self.plan, labels.device)
-            if self._may_fail(None, labels.device)
-            else nullcontext()
-        ):
+        with self._restored_on_error(None, labels.device):
             return self.plan.draw(labels, ids=ids, image_size=image_size)
 
     def num_rows(self, batch: int) -> int:
@@ -308,11 +304,7 @@ class Mixup:
             out = self._check_out("out", out, x, arguments)
         size = None if self.cutmix_alpha is None else inputs.image_size([x])
         unsure = self.plan.careful or out is not None
-        with (
-            saved_state.restored_on_error(self.plan, x.device)
-            if unsure and self._may_fail(out, x.device)
-            else nullcontext()
-        ):
+        with self._restored_on_error(out, x.device) if unsure else nullcontext():
             drawn = draw(labels, ids=ids, image_size=size)
             return write(drawn, x, arguments, out), drawn.target
 
@@ -343,11 +335,7 @@ class Mixup:
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
         size = None if self.cutmix_alpha is None else inputs.image_size(entries.values())
-        with (
-            saved_state.restored_on_error(self.plan, labels.device)
-            if self._may_fail(out, labels.device)
-            else nullcontext()
-        ):
+        with self._restored_on_error(out, labels.device):
             drawn = draw(labels, ids=ids, image_size=size)
             changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if drawn.rows is not None:
@@ -356,13 +344,15 @@ class Mixup:
             changes[self.labels_key] = drawn.target
         return inputs.replaced(x, changes), drawn.target
 
-    def _may_fail(self, out: Any, device: torch.device) -> bool:
-        """Whether something can still be refused once drawing begins: what a function returned, or a buffer's memory.
+    def _restored_on_error(self, out: Any, device: torch.device) -> AbstractContextManager:
+        """Give generators and counts back if something is refused once drawing begins: what a function returned, or a buffer.
 
-        Not where nothing is drawn yet: by a compiler, and while a CUDA graph is captured, which generators refuse to be read in.
+        Nothing is drawn yet by a compiler, nor while a CUDA graph is captured, which lets no generator be read.
         """
         unsure = self.plan.careful or out is not None
-        return unsure and not torch.compiler.is_compiling() and not is_capturing(device)
+        if unsure and not torch.compiler.is_compiling() and not is_capturing(device):
+            return saved_state.restored_on_error(self.plan, device)
+        return nullcontext()
 
     def _check_out(self, name: str, out: Tensor | None, x: Tensor, arguments: inputs.Arguments) -> Tensor | None:
         """The buffer to write, checked; None for fresh memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -177,11 +178,8 @@ class Plan:
         if self.num_samples == 1:
             raise ValueError("num_samples must be an int >= 2, got 1")
         if self.num_samples > 2:
-            for name, value in (
-                ("cutmix_alpha", self.cutmix),
-                ("lam_distribution", self.given_law),
-                ("beta", self.beta),
-            ):
+            of_two = {"cutmix_alpha": self.cutmix, "lam_distribution": self.given_law, "beta": self.beta}
+            for name, value in of_two.items():
                 if value is not None:
                     raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
         if ramp and self.given_law is not None:
@@ -327,10 +325,7 @@ class Plan:
             return torch.ones((), dtype=torch.float32, device=device) * self._reg_weight
         if not self._ramped or device.type == "cpu":
             return self.reg_weight
-
-        def make():
-            return torch.full((), self.reg_weight, dtype=torch.float32, device=device)
-
+        make = functools.partial(torch.full, (), self.reg_weight, dtype=torch.float32, device=device)
         return rewritten(self._weights, device, device, make, "a mixer with a ramp")
 
     def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
