@@ -39,29 +39,34 @@ def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
 
 
 def turns_of(
-    contenders: dict[str, Callable[[], object]], warmup: int, min_seconds: float
+    contenders: dict[str, Callable[[], object]],
+    warmup: int,
+    min_seconds: float,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Callable[[], float]]:
-    """What takes a turn of each contender and returns the seconds of a call.
+    """What takes a turn of each contender and returns the seconds of a call, by ``clock`` (``time.perf_counter``).
 
     A turn repeats it until ``min_seconds`` have passed, so that the clock's grain does not show. Short calls open their turn
     untimed, a quarter of it: the contender before has left the caches and the heap in its own state, which made a 0.1 ms
     call up to three times as slow.
     """
 
+    clock = clock or time.perf_counter
+
     def prepare(call: Callable[[], object]) -> Callable[[], float]:
         for _ in range(warmup):
             call()
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        count = max(1, round(min_seconds / max(time.perf_counter() - begin, 1e-9)))
+        count = max(1, round(min_seconds / max(clock() - begin, 1e-9)))
 
         def turn() -> float:
             for _ in range((count + 2) // 4):
                 call()
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(count):
                 call()
-            return (time.perf_counter() - begin) / count
+            return (clock() - begin) / count
 
         return turn
 
@@ -94,13 +99,15 @@ def interleave_with(
     warmup: int = 1,
     min_seconds: float = 2e-3,
     turns_a_round: Mapping[str, int] = MappingProxyType({}),
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Pairs]:
     """The figures of each contender beside ``base``, which has a turn before and after each turn of another: of these two
     the mean. Beside itself it has the mean of a round. For calls so long that the machine's speed changes within a round.
 
-    A contender has one turn a round, or as many as ``turns_a_round`` says.
+    A contender has one turn a round, or as many as ``turns_a_round`` says. ``clock`` is ``time.perf_counter``, or
+    ``time.process_time`` where other processes would take turns too.
     """
-    turns = turns_of(contenders, warmup, min_seconds)
+    turns = turns_of(contenders, warmup, min_seconds, clock)
     pairs = {name: Pairs([], []) for name in contenders}
     names = [name for name in contenders if name != base for _ in range(turns_a_round.get(name, 1))]
     for order in orders(names, rounds):
