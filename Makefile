@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EMULATED := mixupe_kernels/_cuda_emulated.so
+LOCKS := requirements.lock $(addprefix requirements/,tests.lock training.lock data.lock)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
 .PHONY: demo test test-matrix dist lint format clean
@@ -38,10 +39,11 @@ format: $(READY)
 	$(BIN)/clang-format -i $$(git ls-files csrc | grep -v CMakeLists)
 
 # torch first and alone: the build needs it, and no build environment should fetch another one.
-$(VENV)/.installed: requirements.lock requirements/tests.lock
+$(VENV)/.installed: $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
 	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/data.lock
 	touch $@
 
 $(READY): $(VENV)/.installed $(SOURCES)

@@ -8,8 +8,11 @@ COMMANDS = {
     "cpu": ("bench.cpu", "operators on this machine's CPU, against eager PyTorch and torch.compile"),
     "gpu": ("bench.gpu", "GPU tests, then operators on this machine's GPU, against the copy rate and peers"),
     "step": ("bench.step", "the time of a whole training step, per model and policy, against mixup"),
-    "quality": ("bench.quality", "test error per policy at equal epochs and at equal time, on tabular data"),
-    "demo": ("bench.demo", "train the paper's tabular network on two data sets: one table, one picture"),
+    "quality": (
+        "bench.quality",
+        "test error per policy at equal epochs and at equal time: tables, and images by networks with BatchNorm",
+    ),
+    "demo": ("bench.demo", "train a tabular network and a CNN with BatchNorm: one table, one picture"),
     "report": ("bench.report", "copy the figures of bench/results into the README"),
     "aot": ("bench.aot", "compile every Triton kernel ahead of time and report its registers"),
 }

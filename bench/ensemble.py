@@ -14,7 +14,7 @@ from torch import Tensor
 import mixupe_kernels as mk
 
 from . import data, models
-from .methods import make_batch
+from .methods import named_batch
 
 BATCH, LEARNING_RATE = 100, 1e-3
 
@@ -85,7 +85,7 @@ def train(
     network = Network(members, first.x_train.shape[1], classes, dtype)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
     eta = torch.tensor([member.eta for member in members], dtype=dtype)
-    mixers = [make_batch(policy, m.alpha, torch.Generator().manual_seed(m.seed)) for m in members]
+    mixers = [named_batch(policy, m.alpha, torch.Generator().manual_seed(m.seed)) for m in members]
     orders = {seed: torch.Generator().manual_seed(seed) for seed in splits}
     inputs = {seed: part.x_train.to(dtype) for seed, part in splits.items()}
     for _ in range(epochs):

@@ -13,11 +13,23 @@ TARGET_RATIO = 1.3
 
 
 class Policy(NamedTuple):
-    """``options`` of :class:`mixupe_kernels.MixupE`; for plain mixup and for ERM, None."""
+    """A way to train.
+
+    Attributes:
+        label: its name in tables and pictures.
+        options: of :class:`mixupe_kernels.MixupE`; for plain mixup and for ERM, None.
+        mixes: False for ERM.
+        clean_weight: γ of the loss.
+        apart: BatchNorm normalises mixed and clean rows apart, by :func:`mixupe_kernels.split_batch_norm`.
+        batched: one call of the model for all rows; False is the two calls of the authors' code.
+    """
 
     label: str
     options: dict | None
     mixes: bool = True
+    clean_weight: float = 0.0
+    apart: bool = False
+    batched: bool = True
 
 
 POLICIES = {
@@ -27,7 +39,12 @@ POLICIES = {
     "sample": Policy("MixupE sample 1/8", {"clean_fraction": 1 / 8}),
     "split": Policy("MixupE split 1/4", {"clean_fraction": 1 / 4, "split": True}),
     "mixed": Policy("MixupE mixed", {"regularize": "mixed"}),
+    "authors": Policy("MixupE, two calls", {}, batched=False),
+    # Every row counts once, γ = ρ; BatchNorm, if there is any, normalises the kinds of rows apart.
+    "recipe": Policy("MixupE 1/4, γ = 1/4", {"clean_fraction": 1 / 4}, clean_weight=1 / 4, apart=True),
 }
+# Those of the tables on networks without BatchNorm, where one call and two are the same.
+TABULAR = ("erm", "mixup", "full", "sample", "split", "mixed")
 
 
 # What only the benchmarks of quality train: the regularizer without mixing (MixupE, Table 7).
@@ -45,11 +62,8 @@ def regularized_erm(alpha: float) -> Callable[[Tensor, Tensor], tuple[Tensor, mk
     return batch
 
 
-def make_batch(name: str, alpha: float, generator: torch.Generator | None = None, **options) -> Callable:
+def make_batch(policy: Policy, alpha: float, generator: torch.Generator | None = None, **options) -> Callable:
     """(x, labels) → (x, target) of a policy; ``options`` go to the mixing class."""
-    if name == ERM_AND_REGULARIZER:
-        return regularized_erm(alpha)
-    policy = POLICIES[name]
     if not policy.mixes:
         return lambda x, labels: (x, labels)
     if policy.options is None:
@@ -57,22 +71,35 @@ def make_batch(name: str, alpha: float, generator: torch.Generator | None = None
     return mk.MixupE(alpha, generator=generator, **policy.options, **options)
 
 
+def named_batch(name: str, alpha: float, generator: torch.Generator | None = None) -> Callable:
+    """(x, labels) → (x, target) of a policy of the table, or of ``ERM_AND_REGULARIZER``."""
+    if name == ERM_AND_REGULARIZER:
+        return regularized_erm(alpha)
+    return make_batch(POLICIES[name], alpha, generator)
+
+
 def make_step(
-    name: str,
+    policy: Policy,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     alpha: float,
     eta: float,
     generator: torch.Generator | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """One whole training step of a policy: batch, forward, loss, backward, optimizer; returns the loss."""
-    batch = make_batch(name, alpha, generator)
-    criterion = mk.MixupELoss(eta)
+    """One whole training step of a policy: batch, forward, loss, backward, optimizer; returns the loss.
+
+    The BatchNorm layers of ``model`` are converted if the policy says so.
+    """
+    batch = make_batch(policy, alpha, generator)
+    criterion = mk.MixupELoss(eta, clean_weight=policy.clean_weight)
+    if policy.apart:
+        mk.split_batch_norm(model)
 
     def step(x: Tensor, labels: Tensor) -> Tensor:
         x, target = batch(x, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss = criterion(model(x), target)
+        rows = target if isinstance(target, mk.MixedTarget) else None
+        loss = criterion(mk.forward_mixupe(model, x, rows, batched=policy.batched), target)
         loss.backward()
         optimizer.step()
         return loss

@@ -27,25 +27,30 @@ def lenet(height: int = 160, width: int = 101, classes: int = 30) -> nn.Sequenti
     )  # fmt: skip
 
 
+def _convolution(channels: int, out: int, size: int, stride: int = 1, flat: bool = False) -> nn.Conv2d:
+    """A size×size convolution without bias; 1×size for signals, which are images of height 1 (``flat``)."""
+    height, step = (1, (1, stride)) if flat else (size, stride)
+    return nn.Conv2d(channels, out, (height, size), step, (height // 2, size // 2), bias=False)
+
+
 class PreActBlock(nn.Module):
     """Batch norm and ReLU before each convolution (He et al., 2016, "Identity Mappings in Deep Residual Networks").
 
     ``bottleneck`` is 1×1, 3×3, 1×1 with four times as many output channels, else two 3×3.
     """
 
-    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool):
+    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool, flat: bool = False):
         super().__init__()
         out = 4 * width if bottleneck else width
         plan = [(1, 1), (3, stride), (1, 1)] if bottleneck else [(3, stride), (3, 1)]
         sizes = [channels, *[width] * (len(plan) - 1), out]
         self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes[:-1])
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(sizes[i], sizes[i + 1], kernel, step, kernel // 2, bias=False)
-            for i, (kernel, step) in enumerate(plan)
+            _convolution(sizes[i], sizes[i + 1], kernel, step, flat) for i, (kernel, step) in enumerate(plan)
         )
         self.shortcut = None
         if stride != 1 or channels != out:
-            self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+            self.shortcut = _convolution(channels, out, 1, stride, flat)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norms[0](x))
@@ -56,12 +61,14 @@ class PreActBlock(nn.Module):
         return out + residual
 
 
-def _preact_resnet(blocks: Sequence[int], bottleneck: bool, classes: int) -> nn.Sequential:
-    layers, channels = [nn.Conv2d(3, 64, 3, padding=1, bias=False)], 64
+def _preact_resnet(
+    blocks: Sequence[int], bottleneck: bool, classes: int, base: int = 64, inputs: int = 3, flat: bool = False
+) -> nn.Sequential:
+    layers, channels = [_convolution(inputs, base, 3, flat=flat)], base
     for stage, count in enumerate(blocks):
-        width = 64 * 2**stage
+        width = base * 2**stage
         for index in range(count):
-            layers.append(PreActBlock(channels, width, 2 if stage and not index else 1, bottleneck))
+            layers.append(PreActBlock(channels, width, 2 if stage and not index else 1, bottleneck, flat))
             channels = 4 * width if bottleneck else width
     return nn.Sequential(
         *layers,
@@ -71,6 +78,26 @@ def _preact_resnet(blocks: Sequence[int], bottleneck: bool, classes: int) -> nn.
         nn.Flatten(),
         nn.Linear(channels, classes),
     )
+
+
+def small_cnn(classes: int = 10, flat: bool = False) -> nn.Sequential:
+    """Three convolutions of 16, 32 and 32 channels with BatchNorm, for grey images: (N, 1, H, W) → (N, classes).
+
+    ``flat`` is for signals, (N, 1, 1, W).
+    """
+    layers, channels = [], 1
+    for width, size, stride in ((16, 5, 2), (32, 3, 2), (32, 3, 1)):
+        layers += [_convolution(channels, width, size, stride, flat), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def narrow_preact_resnet(classes: int = 10, flat: bool = False) -> nn.Sequential:
+    """A PreActResNet of three blocks, 16, 32 and 64 channels wide, for grey images: (N, 1, H, W) → (N, classes).
+
+    ``flat`` is for signals, (N, 1, 1, W).
+    """
+    return _preact_resnet((1, 1, 1), False, classes, base=16, inputs=1, flat=flat)
 
 
 def preact_resnet18(classes: int = 100) -> nn.Sequential:

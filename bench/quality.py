@@ -1,5 +1,7 @@
 """``python -m bench quality``: test error of each policy on tabular data, at equal epochs and at equal training time.
 
+``python -m bench quality images`` is of networks with BatchNorm: bench/images.py.
+
 The protocol of MixupE's Table 4: the network of §4.2, Adam at 1e-3, batches of 100, 25 epochs, five seeds; one-hot
 categories, mean and mode imputation, standardised. Each seed has its own stratified split, 60 % to train, 20 % to choose
 (α, η) by, 20 % to test; a seed's choice looks at its own validation rows only. At equal time every policy trains for as
@@ -21,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import data, demo, ensemble, results, training_plots
-from .methods import ERM_AND_REGULARIZER, POLICIES
+from . import data, demo, ensemble, images, results, training_plots
+from .methods import ERM_AND_REGULARIZER, POLICIES, TABULAR
 
 # (alphas, etas); "paper" is §4.2's, "small" every third of its alphas and every other of its etas.
 GRIDS = {
@@ -100,7 +102,8 @@ class Cost:
 
 
 def measure_costs(table: data.Table, rounds: int = 201) -> list[Cost]:
-    measured = demo.step_costs(data.split(table, 0), table.num_classes, rounds)
+    task = demo.tabular(table, TABULAR)
+    measured = demo.step_costs(task, task.parts(0), rounds)
     return [Cost(table.name, policy, *cost) for policy, cost in measured.items()]
 
 
@@ -248,15 +251,17 @@ def show(console: Console, summaries: list[Summary], name: str, corrupted: float
 
 def cases(tables: list[data.Table]) -> list[tuple[data.Table, float, tuple[str, ...]]]:
     """(data set, share of corrupted labels, policies): all sets clean, and the robustness cases of one."""
-    found = [(table, 0.0, tuple(POLICIES)) for table in tables]
+    found = [(table, 0.0, TABULAR) for table in tables]
     for table in tables:
         if table.name == ROBUSTNESS_SET:
-            found[tables.index(table)] = (table, 0.0, (*POLICIES, ERM_AND_REGULARIZER))
-            found += [(table, share, tuple(POLICIES)) for share in CORRUPTIONS]
+            found[tables.index(table)] = (table, 0.0, (*TABULAR, ERM_AND_REGULARIZER))
+            found += [(table, share, TABULAR) for share in CORRUPTIONS]
     return found
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["images"]:
+        return images.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of ARFF and CSV files, the class in the last column")
     parser.add_argument("--bundled", nargs="*", default=data.BUNDLED, choices=data.BUNDLED, help="scikit-learn's sets")

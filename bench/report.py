@@ -149,7 +149,134 @@ def quality() -> list[str]:
     ]
 
 
-SECTIONS: dict[str, Callable[[], list[str]]] = {"cpu": cpu, "step": step, "quality": quality}
+IMAGES = RESULTS / "quality-images"
+# (method, fraction, γ, η) → a column of the table on networks with BatchNorm.
+RECIPE, AUTHORS = ("split", 0.25, 0.25, 0.001), ("two calls", 1.0, 0.0, 0.001)
+IMAGE_COLUMNS = {
+    ("erm", 0.0, 0.0, 0.0): "ERM",
+    ("update_bn", 0.0, 0.0, 0.0): "Mixup + update_bn",
+    AUTHORS: "two calls",
+    ("joint", 1.0, 1.0, 0.0): "RegMixup",
+    ("joint", 0.125, 0.0, 0.001): "1/8 joint, γ = 0",
+    ("split", 0.25, 1.0, 0.001): "1/4 split, γ = 1",
+    RECIPE: "**1/4 split, γ = 1/4**",
+}
+Places = dict[tuple[str, str, str], dict[tuple, dict[str, str]]]
+
+
+def _places(rows: list[dict[str, str]], budget: str) -> Places:
+    """(set, network, α) → method → row, of one budget."""
+    places: Places = {}
+    for row in rows:
+        if row["budget"] == budget:
+            method = (row["method"], *(float(row[key]) for key in ("fraction", "gamma", "eta")))
+            places.setdefault((row["data_set"], row["network"], row["alpha"]), {})[method] = row
+    return places
+
+
+def _place(place: tuple[str, str, str]) -> str:
+    return f"{place[0]}, {place[1]}, α = {float(place[2]):g}"
+
+
+def _less(row: dict[str, str] | None, figure: str = "error_less_mixup", digits: int = 2) -> str:
+    """A paired difference with its standard error, in bold where it is worse by more than two of them."""
+    if row is None or not row[figure]:
+        return "–"
+    mean, error = float(row[figure]), float(row[f"{figure}_error"])
+    text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if mean > 2 * error else text
+
+
+def _images_errors(rows: list[dict[str, str]]) -> list[str]:
+    body = []
+    for place, methods in _places(rows, "epochs").items():
+        mixup = float(methods["mixup", 0.0, 0.0, 0.0]["error"])
+        body.append([_place(place), f"{mixup:.2f}", *(_less(methods.get(key)) for key in IMAGE_COLUMNS)])
+    return _table(["", "Mixup", *IMAGE_COLUMNS.values()], body)
+
+
+def _images_recipe(rows: list[dict[str, str]]) -> list[str]:
+    """The recipe against the authors' form, at equal time against both, and what the two cost."""
+    costs = {
+        (row["data_set"], row["network"], row["method"], float(row["fraction"])): row
+        for row in _read(IMAGES / "costs.csv")
+    }
+    timed, body = _places(rows, "time"), []
+    for place, methods in _places(rows, "epochs").items():
+        if RECIPE not in methods:
+            continue
+        step = [costs[(*place[:2], *method[:2])] for method in (RECIPE, AUTHORS)]
+        cells = [f"{float(row['median']):.2f} ({float(row['low']):.2f}–{float(row['high']):.2f})" for row in step]
+        late = timed.get(place, {}).get(RECIPE)
+        less = [_less(methods[RECIPE], f"error_less_{base}") for base in ("update_bn", "authors")]
+        body.append([_place(place), *cells, *less, _less(late), _less(late, "error_less_authors")])
+    head = ["the recipe", "step", "step of the two calls", "less Mixup + update_bn", "less the two calls",
+            "equal time: less Mixup", "equal time: less the two calls"]  # fmt: skip
+    return _table(head, body)
+
+
+def _images_calibration(rows: list[dict[str, str]]) -> list[str]:
+    keys = {("mixup", 0.0, 0.0, 0.0): "Mixup", **IMAGE_COLUMNS}
+    body = []
+    for place, methods in _places(rows, "epochs").items():
+        cells = [
+            f"{float(row['ece']):.1f}, {float(row['scaled_nll']):.3f}" if (row := methods.get(key)) else "–"
+            for key in keys
+        ]
+        body.append([_place(place), *cells])
+    return _table(["ECE, scaled NLL", *keys.values()], body)
+
+
+def _images_eta(rows: list[dict[str, str]]) -> list[str]:
+    """What R does: error and ECE of 1/4 split less Mixup's at each η, one row a set and γ."""
+    etas, body = (0.0, 0.001, 0.1, 1.0), []
+    for place, methods in _places(rows, "epochs").items():
+        for gamma in (0.0, 0.25, 1.0):
+            found = [methods.get(("split", 0.25, gamma, eta)) for eta in etas]
+            if None not in found:
+                cells = [f"{_less(row)}; {_less(row, 'ece_less_mixup', 1)}" for row in found]
+                body.append([f"{_place(place)}, γ = {gamma:g}", *cells])
+    return _table(["error; ECE", *(f"η = {eta:g}" for eta in etas)], body)
+
+
+def _images_bars() -> list[str]:
+    body = [[row["what"], "met" if row["met"] == "True" else "**not met**", row["not_at"] or "–"]
+            for row in _read(IMAGES / "bars.csv")]  # fmt: skip
+    return _table(["1/4 split, γ = 1/4", "", "not at"], body)
+
+
+def images() -> list[str]:
+    """Networks with BatchNorm: every way to use the clean rows, less plain Mixup."""
+    rows = _read(IMAGES / "summary.csv")
+    if not rows:
+        return ["Not measured yet."]
+    seeds = {row["seeds"] for row in rows}
+    return [
+        f"Test error of Mixup in percent, and of the others less Mixup's, in points: mean ± standard error of {max(seeds)} seeds, "
+        "paired, at equal epochs. **Bold** is worse by more than two standard errors. η = 1e-3, but 0 for RegMixup.",
+        "",
+        *_images_errors(rows),
+        "",
+        "The recipe, 1/4 split with γ = 1/4: CPU time of a step over Mixup's (quartiles), and its error less that of Mixup with "
+        "update_bn and of the authors' two calls; then at equal time, as many epochs as Mixup's training lasts:",
+        "",
+        *_images_recipe(rows),
+        "",
+        "Worse is worse by more than two standard errors:",
+        "",
+        *_images_bars(),
+        "",
+        "Calibration: expected calibration error in points, and NLL with the temperature that validation rows ask for:",
+        "",
+        *_images_calibration(rows),
+        "",
+        "What R adds to the same clean rows, split, by η: error and ECE less Mixup's, in points:",
+        "",
+        *_images_eta(rows),
+    ]
+
+
+SECTIONS: dict[str, Callable[[], list[str]]] = {"cpu": cpu, "step": step, "quality": quality, "images": images}
 
 
 def updated(readme: str) -> str:

@@ -48,6 +48,16 @@ def write_csv(path: Path, records: Iterable[Record], kind: type[Record]) -> None
         writer.writerows(map(dataclasses.asdict, records))
 
 
+def append_csv(path: Path, record: Record, kind: type[Record]) -> None:
+    """One more line of what ``write_csv`` wrote, or the first."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(kind)])
+        if fresh:
+            writer.writeheader()
+        writer.writerow(dataclasses.asdict(record))
+
+
 def read_csv(path: Path, kind: type[Record]) -> list[Record]:
     """What ``write_csv`` wrote."""
     hints = typing.get_type_hints(kind)

@@ -22,10 +22,13 @@ COLOURS = {
     "sample": "#0072B2",
     "split": "#009E73",
     "mixed": "#CC79A7",
+    "authors": "#A5502A",
+    "recipe": "#005B41",
 }
 # Policies that share seeds can coincide for many epochs: dashes let the line below show.
 DASHES = {"full": (0, (5, 1.5)), "mixed": (0, (2, 2))}
-MARKERS = {"erm": "X", "mixup": "o", "full": "s", "sample": "D", "split": "^", "mixed": "v"}
+MARKERS = {"erm": "X", "mixup": "o", "full": "s", "sample": "D", "split": "^", "mixed": "v", "authors": "P",
+           "recipe": "*"}  # fmt: skip
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -78,11 +81,12 @@ def _learning_curves(axes: Axes, rows: list[dict[str, str]]) -> None:
 
 def _point(axes: Axes, policy: str, cost: float, error: float, low: float, high: float, error_bar: float) -> None:
     """A policy's marker, above the thin bars of every policy."""
+    size = 14 if policy == "recipe" else 9
     colour = COLOURS[policy]
     axes.errorbar(cost, error, yerr=error_bar, xerr=[[cost - low], [high - cost]], color=colour, alpha=0.55,
                   linewidth=1.1, linestyle="none")  # fmt: skip
-    axes.plot(cost, error, color=colour, marker=MARKERS[policy], markersize=9, markeredgecolor="white",
-              linestyle="none", zorder=5, label=POLICIES[policy].label)  # fmt: skip
+    axes.plot(cost, error, color=colour, marker=MARKERS[policy], markersize=size,
+              markeredgecolor="white", linestyle="none", zorder=5, label=POLICIES[policy].label)  # fmt: skip
 
 
 def demo(curves: Path, summary: Path, picture: Path) -> None:
@@ -103,11 +107,13 @@ def demo(curves: Path, summary: Path, picture: Path) -> None:
             right.set_title(f"{name}: error against the cost of a step")
             right.set_xlabel("time of a training step / time of a Mixup step")
             right.set_ylabel("final test error ± standard error, %")
-        handles, labels = grid[0][1].get_legend_handles_labels()
-        figure.suptitle("MixupE on the paper's tabular network: what each policy costs and what it buys",
+        drawn = [axes.get_legend_handles_labels() for axes in grid[:, 1]]
+        handles = {label: handle for panel in drawn for handle, label in zip(*panel, strict=True)}
+        figure.suptitle("MixupE: what each policy costs and what it buys",
                         x=0.01, ha="left", fontsize=13, fontweight="bold")  # fmt: skip
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels), handletextpad=0.2, columnspacing=1.4)
-        figure.tight_layout(rect=(0, 0.05, 1, 0.99))
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=-(-len(handles) // 2),
+                      handletextpad=0.2, columnspacing=1.4)  # fmt: skip
+        figure.tight_layout(rect=(0, 0.06, 1, 0.99))
         figure.savefig(picture)
         plt.close(figure)
 
@@ -242,5 +248,74 @@ def robustness(summary: Path, picture: Path) -> None:
             fontsize=9, loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=3, columnspacing=1, handlelength=1
         )
         figure.tight_layout()
+        figure.savefig(picture)
+        plt.close(figure)
+
+
+# (method, fraction, γ) → how it is drawn: what a reader looks for is large and has the strong colours.
+IMAGE_MARKS = {
+    ("mixup", 0.0, 0.0): ("Mixup", "#222222", "o", 10),
+    ("split", 0.25, 0.25): ("MixupE, 1/4 clean rows, split BatchNorm, γ = 1/4", "#009E73", "*", 18),
+    ("two calls", 1.0, 0.0): ("MixupE, the authors' two calls", "#D55E00", "s", 9),
+    ("erm", 0.0, 0.0): ("ERM", "#9A9A9A", "X", 9),
+    ("update_bn", 0.0, 0.0): ("Mixup, then update_bn", "#222222", "P", 9),
+    ("split", 0.25, 1.0): ("1/4 split, γ = 1", "#7FCDB4", "^", 8),
+    ("joint", 0.25, 0.25): ("1/4 joint BatchNorm, γ = 1/4", "#56B4E9", "D", 7),
+    ("joint", 0.125, 0.0): ("1/8 joint, γ = 0", "#0072B2", "d", 8),
+    ("joint", 1.0, 1.0): ("RegMixup", "#CC79A7", "v", 8),
+}
+
+
+def _image_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
+    """Error against cost of one set and network; bars are standard errors of the paired difference from Mixup."""
+    by = {(row["method"], float(row["fraction"]), float(row["gamma"])): row for row in rows}
+    for key, (label, colour, marker, size) in IMAGE_MARKS.items():
+        row = by.get(key)
+        if row is None:
+            continue
+        cost, error = float(row["cost"]), float(row["error"])
+        axes.errorbar(cost, error, yerr=float(row["error_less_mixup_error"]), color=colour, alpha=0.55, linewidth=1.2,
+                      linestyle="none")  # fmt: skip
+        axes.plot(cost, error, color=colour, marker=marker, markersize=size, markeredgecolor="white", linestyle="none",
+                  zorder=6 if marker == "*" else 5, label=label)  # fmt: skip
+    mixup = float(by["mixup", 0.0, 0.0]["error"])
+    axes.axhline(mixup, color="#222222", linewidth=0.9, linestyle=":")
+    axes.annotate("Mixup's error", (1.34, mixup), ha="left", va="bottom", fontsize=8, color="#444444")
+    _target_band(axes, 2.05)
+    axes.margins(y=0.16)
+
+
+def images(summary: Path, alpha: float, picture: Path) -> None:
+    """A column of panels a set, a row a network: test error at equal epochs against the cost of a step."""
+    rows = [row for row in read(summary) if row["budget"] == "epochs" and float(row["alpha"]) == alpha]
+    eta = {
+        key: 0.0 if key[0] in ("erm", "mixup", "update_bn") or key[1:] == (1.0, 1.0) else 1e-3 for key in IMAGE_MARKS
+    }
+    rows = [
+        row for row in rows
+        if eta.get((row["method"], float(row["fraction"]), float(row["gamma"]))) == float(row["eta"])
+    ]  # fmt: skip
+    sets, networks = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data_set", "network"))
+    with plt.rc_context(STYLE):
+        size = (4 * len(sets), 3.5 * len(networks) + 1.7)
+        figure, grid = plt.subplots(len(networks), len(sets), figsize=size, squeeze=False)
+        for line, network in zip(grid, networks, strict=True):
+            for axes, data_set in zip(line, sets, strict=True):
+                shown = [row for row in rows if (row["data_set"], row["network"]) == (data_set, network)]
+                axes.set_visible(bool(shown))
+                if shown:
+                    _image_panel(axes, shown)
+                axes.set_title(f"{data_set}, {network}")
+            line[0].set_ylabel("test error, % (lower is better)")
+        for axes in grid[-1]:
+            axes.set_xlabel("time of a step / Mixup's step")
+        seeds = max(int(row["seeds"]) for row in rows)
+        figure.suptitle(f"What clean rows buy, and what they cost: networks with BatchNorm, α = {alpha:g}", x=0.01,
+                        ha="left", fontsize=13, fontweight="bold")  # fmt: skip
+        figure.text(0.01, 0.01, f"Means of {seeds} seeds; bars: standard error of the difference from Mixup, paired by "
+                    "seed. Equal epochs.", fontsize=8.5, color="#555555")  # fmt: skip
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 0.03), handletextpad=0.3)
+        figure.tight_layout(rect=(0, 0.19 if len(networks) == 1 else 0.13, 1, 0.985))
         figure.savefig(picture)
         plt.close(figure)

@@ -269,7 +269,7 @@ def single_run(policy, member, parts, classes, epochs):
             criterion(model(x), target).backward()
             optimizer.step()
     else:
-        train_step = methods.make_step(policy, model, optimizer, member.alpha, member.eta, generator)
+        train_step = methods.make_step(methods.POLICIES[policy], model, optimizer, member.alpha, member.eta, generator)
     order = torch.Generator().manual_seed(member.seed)
     x = parts.x_train.double()
     for _ in range(epochs):
@@ -278,7 +278,7 @@ def single_run(policy, member, parts, classes, epochs):
     return model
 
 
-@pytest.mark.parametrize("policy", [*methods.POLICIES, methods.ERM_AND_REGULARIZER])
+@pytest.mark.parametrize("policy", [*methods.TABULAR, methods.ERM_AND_REGULARIZER])
 def test_ensemble_is_the_single_runs(policy):
     table = data.bundled("wine")
     members = [ensemble.Member(0, 0.2, 0.5), ensemble.Member(0, 1.0, 0.1), ensemble.Member(1, 0.5, 1.0)]
@@ -320,7 +320,7 @@ def test_summary_is_paired_by_seed():
 
 
 def test_quality_runs_and_resumes(tmp_path, monkeypatch):
-    costs = [quality.Cost("iris", policy, 1.25 if policy == "full" else 1.0, 1.0, 1.5) for policy in methods.POLICIES]
+    costs = [quality.Cost("iris", policy, 1.25 if policy == "full" else 1.0, 1.0, 1.5) for policy in methods.TABULAR]
     monkeypatch.setattr(quality, "measure_costs", lambda table: costs)
     arguments = ["--bundled", "iris", "--seeds", "2", "--epochs", "4", "--out", str(tmp_path)]
     assert quality.main(arguments) == 0
@@ -339,7 +339,13 @@ def test_demo_writes_table_and_picture(tmp_path, capsys):
     assert demo.main(["--seeds", "2", "--epochs", "2", "--rounds", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     rows = results.read_csv(tmp_path / "summary.csv", demo.Summary)
-    assert [row.policy for row in rows] == 2 * list(methods.POLICIES)
+    expected = [(task.name, policy) for task in demo.tasks() for policy in task.policies]
+    assert [(row.data_set, row.policy) for row in rows] == expected and len({name for name, _ in expected}) == 3
+    assert all(0 < row.ece < 100 for row in rows)
     assert "MixupE sample 1/8" in printed and str(tmp_path / "demo.png") in printed
-    assert len(results.read_csv(tmp_path / "curves.csv", demo.Point)) == 2 * 2 * 2 * len(methods.POLICIES)
+    (line,) = [" ".join(line.split()) for line in printed.splitlines() if methods.POLICIES["recipe"].label in line]
+    for row in rows:
+        if row.policy == "recipe":  # its error and its calibration stand side by side
+            assert f" {row.error:.2f} ± {row.error_std:.2f} {row.ece:.1f} " in line
+    assert len(results.read_csv(tmp_path / "curves.csv", demo.Point)) == 2 * 2 * len(expected)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
