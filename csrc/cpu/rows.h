@@ -19,13 +19,29 @@ MIXUPE_FN int64_t block_length(int64_t classes, int64_t start) {
 // Loops over a block. Each is a function of its own, compiled for every SIMD level: inlined into the loop over blocks,
 // GCC 12 left one of them scalar (six times slower).
 
+// Sums are made in the accumulation dtype over so many columns and joined: rounding took more of a whole block of 2048 than of
+// PyTorch's sums. Targets and sigmoids are summed over 256, and exponentials in 64 steps: every end of theirs takes time.
+constexpr int64_t short_sum = 256;
+const int64_t exponentials_sum = 64 * simd_lanes;
+
+// The columns of a sum of n from `start` on, with those that pad a row: a multiple of the lanes, as compilers see.
+MIXUPE_FN int64_t sum_length(int64_t n, int64_t start, int64_t longest) {
+  return padded(n - start < longest ? n - start : longest);
+}
+
 template <typename T>
 MIXUPE_FN Stats<T> softmax_sums(T max, int64_t length, const T* block) {
   const T shift = finite_shift(max);
-  T sum = 0, weighted = 0;
+  Stats<T> stats{max, T(0), T(0)};
+  for (int64_t start = 0; start < length; start += exponentials_sum) {
+    const int64_t count = sum_length(length, start, exponentials_sum);
+    const T* part = block + start;
+    T sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < length; ++i) add_logit(block[i], shift, sum, weighted);
-  return {max, sum, weighted};
+    for (int64_t i = 0; i < count; ++i) add_logit(part[i], shift, sum, weighted);
+    stats.sum += sum, stats.weighted += weighted;
+  }
+  return stats;
 }
 
 template <typename L, typename T>
@@ -67,14 +83,6 @@ void target_block(const Targets<T>& t, const Labels<T>& l, int64_t row, int64_t 
   if (l.partner >= start && l.partner < start + n) y[l.partner - start] += l.partner_weight;
 }
 
-// Sums of targets are made in the accumulation dtype over so many columns and joined in float64: over a whole block of 2048,
-// rounding took more of many small shares than PyTorch's sums do.
-constexpr int64_t short_sum = 256;
-
-MIXUPE_FN int64_t short_sum_end(int64_t n, int64_t start) {
-  return padded(n) - start < short_sum ? padded(n) : start + short_sum;
-}
-
 // Σ y
 template <typename T>
 MIXUPE_SIMD double target_sum(const T* y, int64_t n) {
@@ -82,7 +90,7 @@ MIXUPE_SIMD double target_sum(const T* y, int64_t n) {
   for (int64_t start = 0; start < n; start += short_sum) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < short_sum_end(n, start); ++i) sum += y[i];
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) sum += y[i];
     mass += sum;
   }
   return mass;
@@ -95,7 +103,7 @@ MIXUPE_SIMD double target_dot(const T* z, const T* y, int64_t n, T shift) {
   for (int64_t start = 0; start < n; start += short_sum) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < short_sum_end(n, start); ++i) sum += weigh(y[i], z[i] - shift);
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) sum += weigh(y[i], z[i] - shift);
     dot += sum;
   }
   return dot;
@@ -112,7 +120,7 @@ MIXUPE_SIMD SigmoidSums sigmoid_block(const L* z, const T* y, int64_t n, T* bloc
   for (int64_t start = 0; start < n; start += short_sum) {
     T ce = 0, entropy = 0, softplus = 0;
 #pragma omp simd reduction(+ : ce, entropy, softplus)
-    for (int64_t i = start; i < short_sum_end(n, start); ++i) {
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) {
       T own_softplus = 0, own_entropy = 0;
       add_sigmoid_logit(block[i], own_softplus, own_entropy);
       entropy += own_entropy;
@@ -258,10 +266,17 @@ void subtract_labels(const Labels<T>& l, T weight, int64_t start, int64_t n, T* 
 template <typename L, typename T>
 MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* exponentials) {
   const T max = Order<L>::load(z, n, block), shift = finite_shift(max);
-  T sum = 0, weighted = 0;
+  const int64_t length = Order<L>::span(n);
+  Stats<T> stats{max, T(0), T(0)};
+  for (int64_t start = 0; start < length; start += exponentials_sum) {
+    const int64_t count = sum_length(length, start, exponentials_sum);
+    const T* part = block + start;
+    T *out = exponentials + start, sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < Order<L>::span(n); ++i) exponentials[i] = add_logit(block[i], shift, sum, weighted);
-  return {max, sum, weighted};
+    for (int64_t i = 0; i < count; ++i) out[i] = add_logit(part[i], shift, sum, weighted);
+    stats.sum += sum, stats.weighted += weighted;
+  }
+  return stats;
 }
 
 template <typename L, typename T>

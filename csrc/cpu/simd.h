@@ -3,7 +3,7 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(MIXUPE_NO_CLONES)
 #define MIXUPE_HAS_CLONES
 #define MIXUPE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 // Machines of the highest level that also round to bfloat16 by themselves: a level GCC 12 has no clones for.
@@ -11,3 +11,18 @@
 #else
 #define MIXUPE_SIMD
 #endif
+
+namespace mixupe {
+namespace {
+
+// Floats that an instruction of this machine's clones takes; of the oldest where there are none.
+const int simd_lanes = [] {
+#ifdef MIXUPE_HAS_CLONES
+  if (__builtin_cpu_supports("x86-64-v4")) return 16;
+  if (__builtin_cpu_supports("x86-64-v3")) return 8;
+#endif
+  return 4;
+}();
+
+}  // namespace
+}  // namespace mixupe
