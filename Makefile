@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 EMULATED := mixupe_kernels/_cuda_emulated.so
 LOCKS := requirements.lock $(addprefix requirements/,tests.lock training.lock data.lock)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-matrix dist lint format clean
+.PHONY: demo test test-matrix dist docs lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -27,6 +28,16 @@ dist: $(READY) $(VENV)/.dist
 
 $(VENV)/.dist: $(VENV)/.installed requirements/dist.lock
 	$(BIN)/pip install --quiet -r requirements/dist.lock
+	touch $@
+
+# The site, in build/site. Its environment needs no torch: mkdocstrings reads the sources.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	@echo "build/site/index.html"
+
+$(DOCS)/.installed: requirements/docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -r requirements/docs.lock
 	touch $@
 
 # .pre-commit-config.yaml is the list.
@@ -56,4 +67,4 @@ $(EMULATED): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .matrix build dist mixupe_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(DOCS) .matrix build dist mixupe_kernels/*.so *.egg-info

@@ -13,7 +13,7 @@ COMMANDS = {
         "test error per policy at equal epochs and at equal time: tables, and images by networks with BatchNorm",
     ),
     "demo": ("bench.demo", "train a tabular network and a CNN with BatchNorm: one table, one picture"),
-    "report": ("bench.report", "copy the figures of bench/results into the README"),
+    "report": ("bench.report", "copy the figures of bench/results into README and docs"),
     "aot": ("bench.aot", "compile every Triton kernel ahead of time and report its registers"),
 }
 

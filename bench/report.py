@@ -1,4 +1,4 @@
-"""``python -m bench report``: copy the figures of bench/results into the README, between its ``<!-- results: NAME -->`` marks."""
+"""``python -m bench report``: copy the figures of bench/results into README and docs, between their ``<!-- results: NAME -->`` marks."""
 
 import csv
 import json
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -279,20 +280,21 @@ def images() -> list[str]:
 SECTIONS: dict[str, Callable[[], list[str]]] = {"cpu": cpu, "step": step, "quality": quality, "images": images}
 
 
-def updated(readme: str) -> str:
-    """``readme`` with every section's figures as they are in bench/results now."""
+def updated(page: str) -> str:
+    """``page`` with every section's figures as they are in bench/results now."""
     for name, section in SECTIONS.items():
         mark = f"<!-- results: {name} -->\n"
         text = mark + "\n".join(section()) + "\n<!-- end -->"
-        readme = re.sub(re.escape(mark) + r".*?<!-- end -->", lambda _, text=text: text, readme, flags=re.DOTALL)
-    return readme
+        page = re.sub(re.escape(mark) + r".*?<!-- end -->", lambda _, text=text: text, page, flags=re.DOTALL)
+    return page
 
 
 def main(arguments: list[str]) -> int:
     if arguments:
         print(__doc__)
         return 2
-    README.write_text(updated(README.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))
     return 0
 
 

@@ -1,0 +1,35 @@
+"""Lets pages be read in the repository too: paths that leave docs/ there lead to pages and pictures of the site here."""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+# What a page links to in the repository, and where that is on the site.
+MOVED = (
+    (r"\]\((?:\.\./)?docs/", "]("),
+    (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
+    (r"\]\((?:\.\./)?CHANGELOG\.md", "](changelog.md"),
+    (r"\]\((?:\.\./)?README\.md", "](index.md"),
+    (r"\]\(\.\./bench/results/", "](results/"),
+)
+# Tables of figures, which scroll on a narrow screen instead of being broken.
+RESULTS = re.compile(r"<!-- results: \w+ -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def on_files(files, config):
+    """Add the pictures of bench/results as results/..."""
+    for path in sorted((ROOT / "bench" / "results").glob("*/*.png")):
+        where = f"results/{path.relative_to(ROOT / 'bench' / 'results').as_posix()}"
+        files.append(File.generated(config, where, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    included = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}.get(page.file.src_uri)
+    if included:
+        markdown = (ROOT / included).read_text()
+    for here, there in MOVED:
+        markdown = re.sub(here, there, markdown)
+    return RESULTS.sub(r'<div class="results" markdown>\n\n\1\n</div>', markdown)
