@@ -9,7 +9,7 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "mixupe_kernels", "svg.fonttype": "path", "font.size": 11})
 from matplotlib import pyplot as plt  # noqa: E402
 
-z = np.linspace(-4, 6, 401)
+z = np.linspace(-4, 6, 81)
 p = 1 / (1 + np.exp(-z))
 cross_entropy = np.log1p(np.exp(-z))
 entropy = cross_entropy + (1 - p) * z  # lse - Σ p z, of logits (z, 0)

@@ -21,7 +21,7 @@ def report() -> list[tuple[str, str]]:
     """(topic, finding) pairs."""
     lines = [
         ("mixupe_kernels", mixupe_kernels.__version__),
-        ("python", platform.python_version()),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
         ("cuda", torch.version.cuda or torch.version.hip or "this torch is built without"),

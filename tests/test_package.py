@@ -43,7 +43,7 @@ def test_the_sdist_holds_what_builds_and_tests_it(sdist):
     folders = ("mixupe_kernels", "csrc", "tests", "docs", "requirements")
     needed = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.*")}
     needed |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"}
-    built = re.compile(r"\.so$|\.pyc$|_build_log")
+    built = re.compile(r"\.so$|\.pyc$|_build_log|(^|/)\.")
     assert {name for name in needed if not built.search(name)} <= names
     assert not [name for name in names if built.search(name)]
 
