@@ -147,6 +147,31 @@ def test_the_authors_four_versions(version, penalty):
         torch.testing.assert_close(ours, theirs)
 
 
+def by_backward_of_the_whole_batch(model, x, y, x_mean):
+    """Version 2's q as the authors write it: ⟨∂/∂x_i of Σ_j r_jᵀ f(x)_j, E[x'] - x_i⟩ with r = p - y a constant."""
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    residual = (logits.softmax(1) - y).detach()
+    (gradient,) = torch.autograd.grad((residual * logits).sum(), x)
+    return (gradient * (x_mean - x.detach())).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_version_2_is_another_where_rows_are_coupled(train):
+    """BatchNorm in train mode: a row's input moves the logits of all. The sums over the batch are equal, the rows are not."""
+    model = convnet(PlainBatchNorm).train(train)
+    x, x_mean = torch.randn(5, 1, 6, 6, dtype=torch.double), torch.randn(1, 6, 6, dtype=torch.double)
+    labels = torch.randint(3, (5,))
+    authors = by_backward_of_the_whole_batch(model, x, nn.functional.one_hot(labels, 3).double(), x_mean)
+    ours = mk.exact_q(model, x, labels, x_mean, detach_residual=True).detach()
+    torch.testing.assert_close(ours.sum(), authors.sum())
+    if train:
+        assert (ours - authors).abs().max() > 0.01 * authors.abs().max()
+        assert (ours.abs().mean() - authors.abs().mean()).abs() > 1e-3 * authors.abs().mean()
+    else:
+        torch.testing.assert_close(ours, authors)
+
+
 def test_input_mean():
     assert mk.batch_mean is mk.input_mean
     data = torch.randn(25, 3, 2)

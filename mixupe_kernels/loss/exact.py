@@ -173,7 +173,8 @@ def exact_q(
 
     ``q_hat`` approximates it from the logits alone; this costs about two more forward passes. Pass the result to
     :class:`MixupELoss` as ``q``. Of the authors' public code, version 2 is ``penalty="abs"`` with ``detach_residual=True``,
-    as long as layers treat rows separately (see below); version 1 adds η·w·mean(q·[q < t]), which is
+    as long as layers treat rows separately: with BatchNorm in train mode the two are not the same, row by row or in their
+    mean of absolute values (see below). Version 1 adds η·w·mean(q·[q < t]), which is
     ``penalty=lambda q: q * (q < t)`` with ``detach_residual=True``. ``penalty="threshold"`` subtracts that term, as their
     version 3 does with q̂.
 
