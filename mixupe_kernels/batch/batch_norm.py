@@ -236,7 +236,10 @@ def _new(original: type, *arguments) -> SplitBatchNorm:
 def _check_layer(name: str, layer: _BatchNorm) -> None:
     where = f"model must have layers that split_batch_norm can convert, got {name!r}, a {_name(type(layer))}"
     if isinstance(layer, nn.SyncBatchNorm):
-        raise TypeError(f"{where}: statistics over several processes are not kept apart")
+        raise TypeError(
+            f"{where}: statistics over several processes are not kept apart. Leave convert_sync_batchnorm out, so that each "
+            "process has statistics of its own, or leave split_batch_norm out and call forward_mixupe(batched=False)"
+        )
     definer = _definer(type(layer))
     if definer is not _BatchNorm and _name(definer) not in _FINISH:
         raise TypeError(f"{where}, whose forward is its own: make it a BatchNorm and what follows")

@@ -89,7 +89,10 @@ def test_subclass_that_keeps_its_forward():
     "layer, words",
     [
         (Activated(3), "'1', a .*Activated, whose forward is its own"),
-        (nn.SyncBatchNorm(3), "'1', a .*SyncBatchNorm: statistics over several processes"),
+        (
+            nn.SyncBatchNorm(3),
+            r"'1', a .*SyncBatchNorm: statistics .* Leave convert_sync_batchnorm out.* or .* forward_mixupe\(batched=False\)",
+        ),
     ],
 )
 def test_other_layers_are_refused_by_name(layer, words):
@@ -167,6 +170,21 @@ def test_batchnorm_normalises_and_tracks_as_documented(batched, convert):
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance)
     assert norm.num_batches_tracked == len(parts)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, mk.split_batch_norm])
+def test_unbatched_is_the_authors_two_calls(convert):
+    """One of the mixed rows, then one of the clean rows: logits, gradients and what BatchNorm keeps, to the bit."""
+    model, (x, target) = network(), images()
+    expected = copy.deepcopy(model)
+    loss = mk.MixupELoss(eta=0.5, clean_weight=0.3)
+    logits = mk.forward_mixupe(convert(model), x, target, batched=False)
+    expected_logits = torch.cat([expected(x[: target.num_mixed]), expected(x[target.num_mixed :])])
+    loss(logits, target).backward(), loss(expected_logits, target).backward()
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()), rtol=0, atol=0)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
 
 
 def test_running_variance_is_larger_in_two_calls():
