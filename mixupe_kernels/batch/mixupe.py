@@ -26,6 +26,9 @@ class MixupE(Mixup):
     ``interval=k``                          1 + 1/k        on every k-th batch, with k times the weight: unbiased
     ======================================  =============  =========================================================
 
+    Start with ``clean_fraction=1/4`` and ``MixupELoss(clean_weight=1/4)``, and with :func:`split_batch_norm` if the model has
+    BatchNorm. The default is the paper's batch, for reproducing it.
+
     Args:
         clean_fraction: ρ in (0, 1], clean rows over rows of the batch; rounded so that all rows are a multiple of 8.
         split: take the clean rows out of the mixed ones.

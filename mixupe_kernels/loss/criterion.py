@@ -83,24 +83,25 @@ def mixupe_loss(
     L_mix is the mean cross-entropy of the first ``target.num_mixed`` rows, L_clean of all others, the clean ones; R is
     taken on the last ``target.num_reg``, with w = ``target.reg_weight`` (eq. 7). With L₀ = L_mix + γ L_clean,
     η̂ = \|L₀\| / \|L₀ + η R\| is a constant to autograd (eq. 9), and 1 where its denominator is 0. Rows whose label is
-    -100 leave all three means; a mean over no rows is 0. For the backward, two
-    floats a row are kept beside the arguments (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the
-    forward; each thread that calls this with bfloat16 logits keeps up to 4 MiB to make it in).
+    -100 leave all three means; a mean over no rows is 0. For the backward, two floats a row are kept beside the arguments
+    (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the forward; each thread that calls this with
+    bfloat16 logits keeps up to 4 MiB to make it in).
 
     Args:
         logits: (N, ..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
         target: :class:`MixedTarget`, whose λ is one a sample or one a label. Class indices (N, ...), soft targets of the
             logits' shape, and ``(labels, partner_labels, lam)`` stand for cross-entropy on every row, without R.
         eta: η >= 0, a number or a 0-d tensor on the device (which a CUDA graph reads afresh at every replay).
-        clean_weight: γ >= 0, the weight of the clean rows' cross-entropy; 0 is the paper's loss. With γ = ρ, the
-            ``clean_fraction``, every row counts once. It must be 0 for ``MixupE(regularize="mixed")``, which has no clean
-            rows; with :class:`Mixup`, and in steps without clean rows, it weighs nothing.
+        clean_weight: γ >= 0, the weight of the clean rows' cross-entropy; 0 is the paper's loss, and with η = 0 any other
+            is RegMixup. Every row counts once if γ is the ``clean_fraction`` ρ, or ρ / (1 - ρ) with ``split=True``. It must
+            be 0 for ``MixupE(regularize="mixed")``, which has no clean rows; with :class:`Mixup`, and in steps without
+            clean rows, it weighs nothing.
         penalty: ``"abs"``, eq. 7; ``"threshold"``, R = -w·Σ_{q̂ < t} q̂ / n, or ``"linear_detached"``,
             R = -w·mean((y - p).detach()ᵀz), which the authors' public code runs as versions 3 and 4; or a function of
-            the (n,) values q̂ that returns (n,) values to average.
+            the (n,) values q̂ that returns (n,) values to average. They do not push the same way: see :class:`MixupELoss`.
         rescale: False leaves η̂ at 1.
         threshold: t of ``"threshold"``.
-        label_smoothing: in [0, 1]; of both terms.
+        label_smoothing: in [0, 1]; of all terms.
         activation: ``"softmax"``, or ``"sigmoid"`` for multi-label models with floating-point labels, where
             cross-entropy is the sum over classes of the binary ones.
         inplace_backward: write the gradient over the logits instead of into a new tensor: N·C elements less at the
@@ -126,6 +127,19 @@ def mixupe_loss(
 
 class MixupELoss(nn.Module):
     """:func:`mixupe_loss` as a criterion, in the place of timm's ``SoftTargetCrossEntropy``.
+
+    Start with ``MixupE(clean_fraction=1/4)`` and ``MixupELoss(clean_weight=1/4)``, and with :func:`split_batch_norm` if the
+    model has BatchNorm: mixup with a quarter of clean rows, whose cross-entropy makes most of the gain.
+
+    What R adds, on the clean rows where q̂ = H - CE > 0, which after the first epochs are most of them:
+
+    - ``"abs"``, the paper's, lowers H - CE. That is 0 for predictions that are certain and right, and for uniform ones: rows
+      that are confident become more so, others less.
+    - ``"threshold"``, of the authors' README command, raises H - CE up to the threshold: the opposite push.
+    - ``"linear_detached"`` lowers CE: its gradient is that of ``clean_weight=η·w`` without R.
+
+    At the paper's η = 1e-3 R has less than a thousandth of the gradient of L_mix, and no effect that can be measured. An η of 10
+    ends in uniform predictions, whose R is 0: watch ``last.mix_loss`` if η is large.
 
     Args:
         eta: η >= 0, the regularizer's strength; the paper uses 1e-4 to 0.1, mostly 1e-3. May be set at any time,
