@@ -17,8 +17,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from .timing import Contender, CudaTimer, Figures, HostTimer, interleave_on_devi
 ROOT = Path(__file__).parents[1]
 TESTS, TEST_PROCESSES = ("tests/ops", "tests/test_gpu.py"), 8
 DRY = "dry run: figures mean nothing"
+NOT_RUN = "not run: out of time"
 BUDGET_SECONDS, TEST_SECONDS = 480, 240  # of nine minutes, the rest is for files and pictures
 MAX_COPIES = 64  # of a case's inputs
 # The reference holds some ten float32 tensors of the logits' size: beyond this floor it is left out.
@@ -99,7 +101,7 @@ def run_logged(commands: Sequence[list[str]], logs: Sequence[Path], seconds: flo
     return statuses
 
 
-def gpu_tests(directory: Path) -> tuple[str, bool]:
+def gpu_tests(directory: Path, seconds: float) -> tuple[str, bool]:
     """Run ``pytest -m gpu``; (what came of it, whether all passed). Everything pytest said is in tests.txt.
 
     Triton compiles a kernel for every shape and dtype: one process took minutes for that alone, so the tests are dealt
@@ -113,14 +115,13 @@ def gpu_tests(directory: Path) -> tuple[str, bool]:
     if not tests:
         (directory / "tests.txt").write_text(collect.stdout + collect.stderr)
         return "no tests were found, see tests.txt", False
-    count = max(1, min(TEST_PROCESSES, (os.cpu_count() or 1) // 2))
-    logs = [directory / f"tests-{index}.txt" for index in range(count)]
-    statuses = run_logged([[*pytest, *tests[index::count]] for index in range(count)], logs, TEST_SECONDS)
-    said = [log.read_text().strip() for log in logs]
+    count = max(1, min(TEST_PROCESSES, (os.cpu_count() or 1) // 2, len(tests)))
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{index}.txt") for index in range(count)]
+        statuses = run_logged([[*pytest, *tests[index::count]] for index in range(count)], logs, seconds)
+        said = [log.read_text().strip() for log in logs]
     (directory / "tests.txt").write_text("\n\n".join(said) + "\n")
-    for log in logs:
-        log.unlink()
-    outcome = collections.Counter()
+    outcome: collections.Counter = collections.Counter()
     for text in said:
         for number, what in re.findall(
             r"(\d+) (passed|failed|skipped|errors?)\b", text.splitlines()[-1] if text else ""
@@ -128,22 +129,25 @@ def gpu_tests(directory: Path) -> tuple[str, bool]:
             outcome[what.removesuffix("s") if what.startswith("error") else what] += int(number)
     stopped = statuses.count(124)
     summary = ", ".join(f"{number} {what}" for what, number in sorted(outcome.items()))
-    return summary + (f"; {stopped} of {count} processes stopped at {TEST_SECONDS} s" if stopped else ""), not any(
+    return summary + (f"; {stopped} of {count} processes stopped at {seconds:.0f} s" if stopped else ""), not any(
         statuses
     )
 
 
-def sanitize(directory: Path) -> dict[str, str]:
+def sanitize(directory: Path, seconds: float) -> dict[str, str]:
     """Every case's kernels once, small, under each tool of compute-sanitizer: tool -> what came of it."""
     if shutil.which("compute-sanitizer") is None:
         return {"compute-sanitizer": "not on the PATH"}
-    outcome = {}
+    outcome, said = {}, []
     for tool in SANITIZERS:
-        log = directory / f"{tool}.txt"
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench", "gpu"]
-        (status,) = run_logged([[*command, "--once"]], [log], TEST_SECONDS)
-        summary = [text for text in log.read_text().splitlines() if "SUMMARY" in text]
+        with tempfile.NamedTemporaryFile(suffix=".txt") as log:
+            (status,) = run_logged([[*command, "--once"]], [Path(log.name)], seconds)
+            text = Path(log.name).read_text()
+        summary = [line for line in text.splitlines() if "SUMMARY" in line]
         outcome[tool] = f"exit status {status}; {' '.join(summary)}"
+        said.append(f"== {tool}\n{text}")
+        (directory / "sanitizers.txt").write_text("\n".join(said))
     return outcome
 
 
@@ -226,11 +230,11 @@ def measure(case: Case, timer: CudaTimer | HostTimer, device: str, rounds: int, 
 
 def measure_all(
     cases: Sequence[Case], timer: CudaTimer | HostTimer, device: str, rounds: int, deadline: float
-) -> tuple[list[Row], list[Verdict]]:
-    """All rows and verdicts; cases that the deadline leaves out are recorded as not run."""
+) -> Iterator[tuple[list[Row], list[Verdict]]]:
+    """The rows and verdicts of each case as soon as it is done; cases that the deadline leaves out are recorded as not run."""
     dry = isinstance(timer, HostTimer)
     compiler = functools.partial(torch.compile, backend="aot_eager") if dry else torch.compile
-    ceilings, rows, verdicts = {}, [], []
+    ceilings = {}
     if importlib.util.find_spec("triton"):
         from . import peaks
 
@@ -241,10 +245,11 @@ def measure_all(
                 row.note = f"{DRY}; {row.note}"
             else:
                 print(run.line(row), flush=True)
+        yield rows, []
     ours = gpu_backends(dry)[0]
     for case in cases:
         if time.monotonic() > deadline:
-            new = [Row(case.label, ours, note="not run: out of time")]
+            new = [Row(case.label, ours, note=NOT_RUN)]
         else:
             try:
                 new = measure(case, timer, device, rounds, compiler)
@@ -252,26 +257,35 @@ def measure_all(
                 new = [Row(case.label, ours, note=run.failure(error))]
         timer.clear()
         by_provider = {row.provider: row for row in new}
-        case_verdicts = run.judge(case, by_provider, ours, ceilings)
+        verdicts = run.judge(case, by_provider, ours, ceilings)
         for row in new:
             print(run.line(row, dry), flush=True)
         if dry:
             for record in new:
                 record.note = f"{DRY}; {record.note}".removesuffix("; ")
-            for verdict in case_verdicts:
+            for verdict in verdicts:
                 verdict.measured = verdict.met = None
-        rows, verdicts = rows + new, verdicts + case_verdicts
-    return rows, verdicts
+        yield new, verdicts
+
+
+def failed(rows: Sequence[Row]) -> list[Row]:
+    """Rows of ours that were run and are wrong: one that was not run says nothing."""
+    ours = set(mk.available_backends())
+    return [row for row in rows if row.provider in ours and row.error is None and NOT_RUN not in row.note]
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--rest", action="store_true", help="only the cases that --quick leaves out")
     parser.add_argument("--dry-run", action="store_true", help="the whole path on a CPU, at small sizes, no figures")
     parser.add_argument("--no-tests", action="store_true", help="skip pytest -m gpu")
     parser.add_argument("--sanitize", action="store_true", help="also run the kernels under compute-sanitizer")
     parser.add_argument("--once", action="store_true", help="only run every case's kernels once, small, and check them")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument(
+        "--seconds", type=float, default=BUDGET_SECONDS, help="no case begins later than this (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="where results go; bench/results/<device> if not given")
     options = parser.parse_args(arguments)
     if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
@@ -284,7 +298,8 @@ def main(arguments: Sequence[str]) -> int:
     device = "cpu" if options.dry_run else "cuda"
     if options.once:
         return run_once(device)
-    deadline = time.monotonic() + BUDGET_SECONDS
+    deadline = time.monotonic() + options.seconds
+    test_seconds = min(TEST_SECONDS, options.seconds / 2)
     facts = device_facts(options.dry_run)
     directory = options.out or results.RESULTS / ("dry" if options.dry_run else slug(str(facts["device"])))
     directory.mkdir(parents=True, exist_ok=True)
@@ -292,18 +307,23 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{name:16} {value}")
     passed = True
     if not options.no_tests:
-        facts["tests"], passed = gpu_tests(directory)
+        facts["tests"], passed = gpu_tests(directory, test_seconds)
         print(f"GPU tests: {facts['tests']}", flush=True)
     if options.sanitize:
-        facts["sanitizers"] = sanitize(directory)
+        facts["sanitizers"] = sanitize(directory, test_seconds)
         print(f"sanitizers: {facts['sanitizers']}", flush=True)
-    cases = [case for case in GPU_CASES if options.only in case.label and (case.quick or not options.quick)]
+    left_out = {options.quick: False, options.rest: True}.get(True)
+    cases = [case for case in GPU_CASES if options.only in case.label and case.quick is not left_out]
     timer = HostTimer() if options.dry_run else CudaTimer()
     rounds = 2 if options.dry_run else 7 if options.quick else 11
-    rows, verdicts = measure_all(cases, timer, device, rounds, deadline)
     title = DRY if options.dry_run else f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}"
+    rows: list[Row] = []
+    verdicts: list[Verdict] = []
+    for new_rows, new_verdicts in measure_all(cases, timer, device, rounds, deadline):
+        rows, verdicts = rows + new_rows, verdicts + new_verdicts
+        results.write(directory, facts, rows, verdicts)  # a run that is cut short leaves what it has
     run.finish(directory, facts, rows, verdicts, title)
-    wrong = [row for row in rows if row.provider in mk.available_backends() and row.error is None]
+    wrong = failed(rows)
     for row in wrong:
         print(f"failed: {row.case}, {row.provider}: {row.note}")
     return 0 if passed and not wrong else 1

@@ -275,3 +275,67 @@ def test_dry_run_walks_the_whole_path(tmp_path):
 )
 def test_slug(name, expected):
     assert gpu.slug(name) == expected
+
+
+def test_a_borrowed_gpu_is_walked_whole(tmp_path):
+    pytest.importorskip("triton", reason="the dry run interprets the Triton kernels")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    environment |= {"LIMIT": "10000", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = [ROOT / "bench" / "borrowed_gpu.sh", "--dry-run"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "== done after" in done.stdout, done.stdout + done.stderr
+    assert not any(word in done.stdout for word in ("Traceback", "failed:", "usage:", "not every backend")), done.stdout
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) <= 8 and max(len(path.parts) for path in files) <= 2
+    written = [
+        read for part in ("quick", "rest") for read in results.read_csv(tmp_path / "out" / part / "rows.csv", Row)
+    ]
+    assert {case.label for case in cases.GPU_CASES} <= {row.case for row in written}
+    assert not gpu.failed(written)
+
+
+def test_what_was_not_run_has_not_failed():
+    ours = {"provider": "reference"}
+    rows = [Row("a", error=0.1, **ours), Row("b", note=gpu.NOT_RUN, **ours), Row("c", note="RuntimeError: no", **ours)]
+    assert [row.case for row in gpu.failed(rows)] == ["c"]
+
+
+def test_a_run_leaves_what_it_has_after_every_case(tmp_path, monkeypatch):
+    def cut_short(*_):
+        yield [Row("a", "reference", error=0.1)], []
+        assert [row.case for row in results.read_csv(tmp_path / "rows.csv", Row)] == ["a"]
+        yield [Row("b", "reference", error=0.1)], []
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "measure_all", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--dry-run", "--no-tests", "--out", str(tmp_path)])
+    assert [row.case for row in results.read_csv(tmp_path / "rows.csv", Row)] == ["a", "b"]
+
+
+def test_out_of_time_is_not_run(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    found = list(gpu.measure_all(cases.GPU_CASES[:2], timing.HostTimer(), "cpu", 1, -1.0))
+    assert [row.note for rows, _ in found for row in rows] == [f"{gpu.DRY}; {gpu.NOT_RUN}"] * 2
+    assert not any(gpu.failed(rows) for rows, _ in found)
+
+
+def test_headline_losses_come_first():
+    quick = [case.quick for case in cases.GPU_CASES]
+    assert cases.GPU_CASES[0].family == cases.GPU_CASES[1].family == "mixupe_loss"
+    assert quick == sorted(quick, reverse=True)
+
+
+def test_everything_on_leaves_eight_files_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        gpu, "run_logged", lambda commands, logs, seconds: [log.write_text("1 passed") and 0 for log in logs]
+    )
+    gpu.sanitize(tmp_path, 1)
+    gpu.gpu_tests(tmp_path, 1)
+    results.write(tmp_path, {}, ROWS, VERDICTS)
+    for draw in (plot.speedups, plot.roofline):
+        draw(tmp_path, "none")
+    assert len(list(tmp_path.iterdir())) == 7
