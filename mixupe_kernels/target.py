@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept, moved, scalar
+from .conventions import IGNORE_INDEX, accumulate_dtype, check_range, kept, moved, scalar, wide_dtype
 from .ops import LossArguments, RowOptions, RowTarget, reference
 
 
@@ -292,7 +292,8 @@ def _triple(target: Any) -> tuple:
     labels, partner_labels, lam = target
     checks.tensor("target.labels", labels)
     if not isinstance(lam, Tensor):
-        lam = torch.full((), checks.fraction("target.lam", lam), dtype=torch.float64, device=labels.device)
+        lam = checks.fraction("target.lam", lam)
+        lam = torch.full((), lam, dtype=wide_dtype(labels.device), device=labels.device)
     return labels, partner_labels, lam.expand(labels.shape[:1]) if lam.dim() == 0 else lam
 
 

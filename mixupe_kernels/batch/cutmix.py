@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..conventions import constant, vector
+from ..conventions import constant, vector, wide_dtype
 from .randomness import Source
 from .sampling import rand
 
@@ -15,10 +15,10 @@ def draw_box(lam: Tensor, height: int, width: int, generator: Source) -> tuple[T
     """
     size = constant(
         ("image", height, width, lam.device),
-        lambda: vector([height, width], torch.float64, lam.device),
+        lambda: vector([height, width], wide_dtype(lam.device), lam.device),
     )
-    centre = (rand((2,), generator, lam.device, torch.float64) * size).floor()
-    half = (0.5 * torch.sqrt(1 - lam.double()) * size).floor()
+    centre = (rand((2,), generator, lam.device, wide_dtype(lam.device)) * size).floor()
+    half = (0.5 * torch.sqrt(1 - lam.to(size.dtype)) * size).floor()
     first, last = (centre - half).clamp_(min=0), torch.minimum(centre + half, size)
     area = (last - first).prod()
     return torch.stack([first, last], 1).reshape(4).long(), (1 - area / max(height * width, 1)).float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import check_range, moved, sequence
+from ..conventions import check_range, moved, sequence, wide_dtype
 from .randomness import Stream, from_stream
 from .sampling import rand
 
@@ -70,7 +70,7 @@ def different_class(size, generator, device, labels=None, ids=None) -> Tensor:
     first = torch.searchsorted(ascending, ascending)
     last = torch.searchsorted(ascending, ascending, right=True)
     others = size - (last - first)
-    uniform = rand((size,), generator, device, torch.float64)
+    uniform = rand((size,), generator, device, wide_dtype(device))
     # The rows of other classes are the `others` that follow the class's own, cyclically.
     chosen = (last + (uniform * others).long()) % max(size, 1)
     chosen = torch.where(others > 0, chosen, sequence(size, device))

@@ -63,12 +63,22 @@ _by_key: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 Source = torch.Generator | Stream | None
 
 
+_HAVE_GAMMA = ("cpu", "cuda", "meta")  # others have Gamma variates drawn on the CPU
+
+
 def standard_gamma(concentration: Tensor, source: Source) -> Tensor:
     """Gamma(a, 1) for each a. By a private function of torch, since torch.distributions takes no generator."""
     if isinstance(source, Stream):
         size, dtype, device = concentration.shape, concentration.dtype, concentration.device
         return from_stream(source.ticket, source.key, "standard_gamma", size, dtype, device, concentration)
-    return torch._standard_gamma(concentration, generator=source)
+    device = concentration.device
+    if device.type in _HAVE_GAMMA:
+        return torch._standard_gamma(concentration, generator=source)
+    generator = None
+    if source is not None:
+        seed = torch.randint(2**31 - 1, (), device=device, generator=source)
+        generator = torch.Generator().manual_seed(int(seed))
+    return torch._standard_gamma(concentration.cpu(), generator=generator).to(device)
 
 
 @torch.library.custom_op("mixupe::from_stream", mutates_args=("ticket",))

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..conventions import check_range, kept, moved, rewritten, vector
+from ..conventions import check_range, kept, moved, rewritten, vector, wide_dtype
 from .randomness import Source, Stream, from_stream, standard_gamma
 
 # Gamma(a) as a float64 underflows with probability about 1e-308^a; for two of them at once, which alone would spoil their
 # ratio, that is 1e-12 here. Below, logarithms are drawn, in twice as many calls.
-_SMALLEST_DIRECT = 0.02
+_SMALLEST_DIRECT = {torch.float64: 0.02, torch.float32: 0.16}
 FOLDS = ("none", "max")
 
 
@@ -50,7 +50,7 @@ def expected_a_lambda(alpha: float, beta: float | None = None) -> float:
 def _log_gamma_variates(concentration: Tensor, generator: Source) -> Tensor:
     """log G, G ~ Gamma(a, 1): log of Gamma(a + 1) plus log(U)/a (Marsaglia and Tsang, 2000, §6)."""
     boosted = standard_gamma(concentration + 1, generator)
-    uniform = rand(concentration.shape, generator, concentration.device, torch.float64)
+    uniform = rand(concentration.shape, generator, concentration.device, concentration.dtype)
     return boosted.log() + torch.log1p(-uniform) / concentration
 
 
@@ -59,7 +59,7 @@ class _Gammas:
 
     def __init__(self, concentration: tuple[float, ...]):
         self.concentration = concentration
-        self.logarithms = min(concentration) < _SMALLEST_DIRECT
+        self._least = min(concentration)
         self._on_cpu = torch.tensor(concentration, dtype=torch.float64, device="cpu")
         self._on_devices: dict[torch.device, Tensor] = {}
         self._ramped = False
@@ -70,32 +70,32 @@ class _Gammas:
 
     def share(self, tensors: dict[torch.device, Tensor], least: float) -> None:
         """Keep the numbers, of one epoch of a ramp down to ``least``, in ``tensors``, where graphs read those of every epoch."""
-        self._on_devices, self._ramped, self.logarithms = tensors, True, least < _SMALLEST_DIRECT
+        self._on_devices, self._ramped, self._least = tensors, True, least
         for tensor in tensors.values():
             for place, value in zip(tensor.unbind(), self.concentration, strict=True):
                 place.fill_(value)
 
     def _on_device(self, device: torch.device) -> Tensor:
         def make():
-            return vector(self.concentration, torch.float64, device)
+            return vector(self.concentration, wide_dtype(device), device)
 
         if self._ramped:
             return rewritten(self._on_devices, device, device, make, "a mixer with a ramp")
         return kept(self._on_devices, device, make)
 
     def draw(self, size: tuple[int, ...], generator: Source, device: torch.device) -> Tensor:
-        """Shape (*size, K), float64, exact for concentrations as small as 1e-3 and below."""
+        """Shape (*size, K), float64 (see ``wide_dtype``), exact for concentrations as small as 1e-3 and below."""
         parameters = self._on_cpu
         if device.type != "cpu" and torch.compiler.is_compiling():
             # A number would be a constant of the graph, which a ramp of alpha would have to make again in every epoch; a
             # scalar on the CPU is an argument, and goes to the device without a synchronisation.
-            ones = [torch.ones((), dtype=torch.float64, device=device) for _ in self._scalars]
+            ones = [torch.ones((), dtype=wide_dtype(device), device=device) for _ in self._scalars]
             parameters = torch.stack([one * scalar for one, scalar in zip(ones, self._scalars, strict=True)])
         elif device.type != "cpu":
             parameters = self._on_device(device)
         if size:
             parameters = parameters.expand(*size, len(self.concentration))
-        if self.logarithms:
+        if self._least < _SMALLEST_DIRECT[parameters.dtype]:
             return _log_gamma_variates(parameters, generator).softmax(-1)
         gammas = standard_gamma(parameters, generator)
         return gammas / gammas.sum(-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import checks
-from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range
+from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range, wide_dtype
 
 # What PyTorch's forward-mode formulas do to a gradient through the tangent (torch 2.13, every operator compared with finite
 # differences): some take a statistic or a factor that the operator saved for a constant, and give a wrong gradient; some
@@ -250,7 +250,7 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
         progress: show a progress bar, if the ``rich`` package is installed.
 
     Returns:
-        The mean over the samples, of shape (...), float32, on the batches' device; summed in float64.
+        The mean over the samples, of shape (...), float32, on the batches' device; summed in float64 where the device has it.
 
     Raises:
         TypeError: if the loader cannot be iterated over or yields something else.
@@ -276,7 +276,7 @@ def input_mean(loader: Iterable, *, progress: bool = True) -> Tensor:
             raise ValueError(
                 f"each batch of loader must be real, of shape {expected}, got {x.dtype} of {tuple(x.shape)}"
             )
-        part = x.sum(0, dtype=torch.float64)
+        part = x.sum(0, dtype=wide_dtype(x.device))
         total = part if total is None else total + part
         count += x.shape[0]
     if total is None or not count:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range, penalty_of, row_format
+from ..conventions import IGNORE_INDEX, accumulate_dtype, check_range, penalty_of, row_format, wide_dtype
 from .arguments import (
     LossArguments,
     LossBackwardOptions,
@@ -190,7 +190,7 @@ def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> RowOut
     p = torch.exp(log_p)
     entropy = -zero_where(p == 0, p * log_p).sum(1)
     # In float64: added to a label's share, what smoothing gives each of many classes would be rounded away.
-    ce = -zero_where(y == 0, y * log_p).sum(1, dtype=torch.float64).to(z.dtype)
+    ce = -zero_where(y == 0, y * log_p).sum(1, dtype=wide_dtype(z.device)).to(z.dtype)
     return RowOutputs(ce, entropy, (top + log_sum).squeeze(1))
 
 
