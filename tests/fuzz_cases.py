@@ -13,6 +13,7 @@ from .cases import DTYPES, LAYOUTS, as_double, compute_dtype, make_logits
 
 ops = torch.ops.mixupe
 ACTIVATIONS = ("softmax", "sigmoid")
+ULPS = 16  # of the result's magnitude, or of the floor's, that are allowed beside 4 times PyTorch's error
 
 
 class Call(NamedTuple):
@@ -23,6 +24,7 @@ class Call(NamedTuple):
         run: (inputs) → results.
         inputs: as ``run`` takes them.
         floor: the magnitude whose float32 rounding any result may carry, if that is larger than the result's own.
+        floors: the same of single results, by their places: what large terms that cancel leave of one float32 rounding.
         settled: whether the true results are far enough from a jump (of a penalty's slope, say) to be compared.
     """
 
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     run: Callable[..., list[Tensor]]
     inputs: tuple
     floor: float = 1.0
+    floors: dict[int, float] = {}
     settled: Callable[[list[Tensor]], bool] = lambda results: True
 
     def compute(self, exact: bool = False) -> list[Tensor]:
@@ -166,7 +169,10 @@ def draw_mixupe_loss(draw) -> Call:
     described = f"mixupe_loss {described} {kind} η {eta} w {reg_weight} {options}"
     # (Σy - 1)·lse is as uncertain as the logits' own rounding.
     floor = magnitude(logits) if target[0].dim() == 2 else 1.0
-    return Call(described, run, (logits, *target, eta, reg_weight, grad), floor, settled)
+    # H and BCE of a sigmoid model are sums of C terms of up to log 2 about logits of 0, and q̂ is what is left of them.
+    left = max(floor, shape[1] / ULPS * max(1.0, float(eta * reg_weight))) if sigmoid else floor
+    floors = dict.fromkeys((0, 1, 5, 6), left)  # the loss and its parts, from either operator
+    return Call(described, run, (logits, *target, eta, reg_weight, grad), floor, floors, settled)
 
 
 # Mixing
@@ -224,7 +230,9 @@ def draw_mix(draw) -> Call:
     options = f"{pairing} rows {None if rows is None else count} λ {tuple(lam.shape)} scaled {scale is not None}"
     box_text = None if box is None else box.tolist()
     described = f"mix {described} {options} dtype {dtype} format {memory_format} box {box_text}"
-    return Call(described, run, (x, lam, scale, shift, dtype, upstream))
+    # dλ of pixels is a sum of terms of either sign up to 255 times the scale, 32.
+    pixels = {} if floating else {1: 32 / ULPS * max(1.0, upstream.numel() ** 0.5)}
+    return Call(described, run, (x, lam, scale, shift, dtype, upstream), floors=pixels)
 
 
 def draw_sums(draw) -> Call:
