@@ -27,12 +27,14 @@ class Run(NamedTuple):
     modules: str  # of tests, or folders of them; all of them if empty
     interpreted: bool = False
     thorough: bool = False
+    sanitized: bool = False
 
 
 class Leg(NamedTuple):
     runs: tuple[Run, ...]
     builds: bool = False
     emulates: bool = False  # CUDA's kernels on the host
+    sanitizes: bool = False  # the compiled backend, by AddressSanitizer and UndefinedBehaviorSanitizer
 
 
 # Operators, transforms, losses, and steps under torch.compile: what meets torch's interfaces.
@@ -45,6 +47,7 @@ LEGS = {
     "triton-3.6": Leg(TRITON),
     "triton-3.8": Leg(TRITON),
     "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
+    "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
 
 
@@ -128,6 +131,21 @@ def build_emulated(python: Path, folder: Path) -> None:
     call("cmake", "--build", build, "--target", "_cuda_emulated", env=variables)
 
 
+def build_sanitized(python: Path, folder: Path) -> None:
+    """The library of the backend ``cpp`` with sanitizers, in place of the wheel's. It has no clones: nothing needs a newer CPU."""
+    variables = {**os.environ, "PATH": with_tools(python)}
+    call("cmake", "--preset", "sanitize", f"-DPython_EXECUTABLE={python}", cwd=folder, env=variables)
+    call("cmake", "--build", folder / "build/sanitize", "--target", "_cpu", env=variables)
+    shutil.copy2(folder / "build/sanitize/mixupe_kernels/_cpu.so", folder / "mixupe_kernels/_cpu.so")
+
+
+def of_sanitizers() -> dict[str, str]:
+    """The variables of a process that loads such a library. Python itself leaks what it keeps to its end."""
+    command = [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"]
+    library = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
 def files_of(run: Run, root: Path) -> list[Path]:
     """The files, or folders, of a run's tests, wherever below tests/ they are."""
     found = {
@@ -147,6 +165,9 @@ def run_tests(python: Path, folder: Path, run: Run) -> tuple[int, str]:
         variables["TRITON_INTERPRET"] = "1"
     if run.thorough:
         variables["MIXUPE_THOROUGH"] = "1"
+    if run.sanitized:
+        command += ["-k", "cpp or test_random_calls"]
+        variables |= {**of_sanitizers(), "MIXUPE_FUZZ": "400"}
     last = ""
     with subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -169,6 +190,8 @@ def main(names: list[str]) -> int:
             folder = install(name, python, build_wheel(python, MATRIX / name))
         if leg.emulates:
             build_emulated(python, folder)
+        if leg.sanitizes:
+            build_sanitized(python, folder)
         for run in leg.runs:
             status, last = run_tests(python, folder, run)
             failed |= status != 0
