@@ -160,7 +160,7 @@ def losses():
     yield {"inplace_backward": True}
 
 
-@pytest.mark.parametrize("options", list(losses()), ids=str)
+@pytest.mark.parametrize("options", list(losses()))
 @pytest.mark.parametrize("soft", [False, True])
 def test_losses(watched, options, soft):
     assert watched(training_step(mk.MixupE(), mk.MixupELoss(eta=0.1, **options), soft=soft)) == []
