@@ -240,6 +240,28 @@ def _images_eta(rows: list[dict[str, str]]) -> list[str]:
     return _table(["error; ECE", *(f"η = {eta:g}" for eta in etas)], body)
 
 
+def _images_count(rows: list[dict[str, str]], budget: str, base: str) -> str:
+    """In how many places the recipe has less error than ``base`` by more than two standard errors, or more, or neither."""
+    better = worse = level = 0
+    for methods in _places(rows, budget).values():
+        row = methods.get(RECIPE)
+        if row is not None and row[f"error_less_{base}"]:
+            mean, error = float(row[f"error_less_{base}"]), float(row[f"error_less_{base}_error"])
+            better, worse, level = (
+                better + (mean < -2 * error),
+                worse + (mean > 2 * error),
+                level + (abs(mean) <= 2 * error),
+            )
+    return f"{better} better, {level} level, {worse} worse"
+
+
+def _images_counts(rows: list[dict[str, str]]) -> list[str]:
+    names = {"mixup": "Mixup", "update_bn": "Mixup + update_bn", "authors": "the authors' two calls"}
+    body = [[f"against {name}", *(_images_count(rows, budget, base) for budget in ("epochs", "time"))]
+            for base, name in names.items()]  # fmt: skip
+    return _table(["the recipe, number of places", "equal epochs", "equal time"], body)
+
+
 def _images_bars() -> list[str]:
     body = [[row["what"], "met" if row["met"] == "True" else "**not met**", row["not_at"] or "–"]
             for row in _read(IMAGES / "bars.csv")]  # fmt: skip
@@ -263,7 +285,9 @@ def images() -> list[str]:
         "",
         *_images_recipe(rows),
         "",
-        "Worse is worse by more than two standard errors:",
+        "Better and worse are so by more than two standard errors:",
+        "",
+        *_images_counts(rows),
         "",
         *_images_bars(),
         "",

@@ -11,6 +11,8 @@ import mixupe_kernels as mk
 from bench import calibration, image_data, images, images_plan, images_summary, models, quality, results
 from bench.images_plan import AUTHORS, ERM, MIXUP, RECIPE, UPDATE_BN, Cell, Cost, Method, Run
 
+COMMITTED = results.RESULTS / "quality-images"
+
 
 @pytest.mark.parametrize("build, size", [(models.small_cnn, 14_714), (models.narrow_preact_resnet, 77_562)])
 def test_networks_take_images_and_signals(build, size):
@@ -206,3 +208,19 @@ def test_costs_are_of_every_form_that_is_trained():
     pass_over_rows = images_plan.cost_of(measured, "digits", "small CNN", UPDATE_BN)
     assert 1 < pass_over_rows < 1 + 2 / images_plan.NETWORKS["small CNN"].epochs
     assert images_plan.cost_of(measured, "digits", "small CNN", Method("joint", 1.0)) > 1.1
+
+
+def test_committed_rows_are_the_whole_plan():
+    costs, runs = results.read_csv(COMMITTED / "costs.csv", Cost), results.read_csv(COMMITTED / "runs.csv", Run)
+    keys = list(map(images_plan.key_of, runs))
+    planned = images_plan.plan(costs, list(image_data.SETS), list(images_plan.NETWORKS))
+    planned += [cell._replace(method=UPDATE_BN) for cell in planned if cell.method == MIXUP]
+    assert set(keys) == {(cell, seed) for cell in planned for seed in range(images_plan.SEEDS)}
+    assert len(set(keys)) == len(keys)
+
+
+def test_committed_tables_are_of_the_committed_rows():
+    costs, runs = results.read_csv(COMMITTED / "costs.csv", Cost), results.read_csv(COMMITTED / "runs.csv", Run)
+    summaries = images_summary.summarise(runs, costs)
+    assert results.read_csv(COMMITTED / "summary.csv", images_summary.Summary) == summaries
+    assert results.read_csv(COMMITTED / "bars.csv", images_summary.Bar) == images_summary.bars(summaries)
