@@ -64,12 +64,12 @@ def test_temperature_is_the_factor_that_spoiled_calibrated_logits():
 
 
 def test_figures_of_logits():
-    # Three of four rows are right, each with confidence 0.8: the ECE is 5 points.
-    logits = torch.tensor([[0.8, 0.2]] * 4).log()
-    labels = torch.tensor([0, 0, 0, 1])
+    # Of either confidence, 0.8 and 0.6, three of four rows are right: gaps of 5 and 15 points.
+    logits = torch.tensor([[0.8, 0.2]] * 4 + [[0.6, 0.4]] * 4).log()
+    labels = torch.tensor([0, 0, 0, 1] * 2)
     found = calibration.figures(logits, labels, 2.0)
-    assert found.error == 25 and found.ece == pytest.approx(5, abs=1e-4)
-    assert found.nll == pytest.approx(-(3 * math.log(0.8) + math.log(0.2)) / 4)
+    assert found.error == 25 and found.ece == pytest.approx(10, abs=1e-4)
+    assert found.nll == pytest.approx(-(3 * math.log(0.8 * 0.6) + math.log(0.2 * 0.4)) / 8)
     assert found.scaled_nll == pytest.approx(torch.nn.functional.cross_entropy(logits / 2, labels).item())
     assert found.q_hat == pytest.approx(mk.q_hat(logits, labels).abs().mean().item())
 
