@@ -25,12 +25,14 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
 
 
-def _check(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor) -> None:
+def _check(
+    name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor, like_name: str = "logits"
+) -> None:
     if value is not None:
         checks.strided(name, value)
         checks.dtype(name, value, (dtype,))
         checks.shape(name, value, shape)
-        checks.same_device(name, value, "logits", logits)
+        checks.same_device(name, value, like_name, like)
 
 
 def check_upstream(grad: Tensor, logits: Tensor) -> None:
@@ -263,9 +265,62 @@ class Mixing(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def check(self) -> None:
+    def check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Raise for a dtype, shape or device that does not go with x (B, ...) and with the result's ``dtype``."""
+        checks.dtype("x", x, _MIXABLE)
+        if dtype is not None and dtype not in _MIXABLE:
+            checks.dtype("dtype", x.new_empty((), dtype=dtype), _MIXABLE)
+        if x.dim() == 0:
+            raise ValueError("x must have a batch dimension, got a 0-d tensor")
+        count = x.shape[:1] if self.rows is None else (self.rows.numel(),)
+        for name, index in (("rows", self.rows), ("partner", self.partner)):
+            _check(name, index, torch.int64, count, x, "x")
+        compute = accumulate_dtype(x.dtype)
+        _check_weights(self.lam, compute, count, x, "x")
         if (self.scale is None) != (self.shift is None):
             raise ValueError("scale and shift must be given together")
+        if self.scale is not None:
+            if x.dim() < 2:
+                raise ValueError("scale and shift must be None where x has no channels (dimension 1)")
+            for name, factors in (("scale", self.scale), ("shift", self.shift)):
+                _check(name, factors, compute, x.shape[1:2], x, "x")
+
+
+_MIXABLE = (*checks.LOGITS_DTYPES, torch.uint8)
+
+
+def _check_weights(lam: Tensor, dtype: torch.dtype, count: tuple[int, ...], like: Tensor, like_name: str) -> None:
+    """λ of all rows, or one for each."""
+    one = lam.dim() == 0 or lam.shape == (1,)
+    _check("lam", lam, dtype, lam.shape if one else count, like, like_name)
+
+
+def check_target(labels: Tensor, partner: Tensor | None, lam: Tensor, rows: Tensor, num_mixed: int) -> None:
+    """Raise for arguments of ``mixed_target`` that do not go together."""
+    for name, value in (("labels", labels), ("rows", rows)):
+        _check(name, value, torch.int64, (value.numel(),), labels, "labels")
+    _check("partner", partner, torch.int64, labels.shape, labels, "labels")
+    compute = torch.float64 if lam.dtype is torch.float64 else torch.float32
+    _check_weights(lam, compute, labels.shape, labels, "labels")
+    _check_count("num_mixed", num_mixed, rows.shape[0])
+
+
+def check_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> None:
+    """Raise for arguments of ``gather_sum`` that do not go together."""
+    checks.dtype("src", src, checks.LOGITS_DTYPES)
+    for name, value in (("index", index), ("offsets", offsets)):
+        _check(name, value, torch.int64, (value.numel(),), src, "src")
+    _check("weight", weight, accumulate_dtype(src.dtype), index.shape, src, "src")
+
+
+def check_products(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> None:
+    """Raise for arguments of ``row_dot`` that do not go together."""
+    for name, value in (("a", a), ("b", b)):
+        checks.dtype(name, value, _MIXABLE)
+    checks.shape("b", b, (*b.shape[:1], *a.shape[1:]))
+    checks.same_device("b", b, "a", a)
+    _check("a_index", a_index, torch.int64, a_index.shape[:1], a, "a")
+    _check("b_index", b_index, torch.int64, a_index.shape, b, "b")
 
 
 _SCHEMA_TYPES = {

@@ -26,6 +26,9 @@ from .arguments import (
     RowTarget,
     check_box,
     check_logits,
+    check_products,
+    check_sum,
+    check_target,
     check_upstream,
 )
 
@@ -64,8 +67,8 @@ def mix(
     A sample of weight 0 is not read: λ = 1 is an exact copy, whatever the partner holds. Inside ``box`` (CutMix, Yun et
     al., 2019) λ is 0 for every row: (4,) int64 of top, bottom, left and right in the last two dimensions.
     """
+    mixing.check(x, dtype)
     check_box(box, x)
-    mixing.check()
     partner, lam, rows, scale, shift = mixing
     compute = accumulate_dtype(x.dtype)
     rows = rows_of(x, rows)
@@ -97,6 +100,7 @@ def mixed_target(
     ``labels`` and ``partner`` (B,), ``lam`` 0-d or (B,) are the samples'. The rows from ``num_mixed`` on are clean: a clean
     row is its own partner, with λ = 1.
     """
+    check_target(labels, partner, lam, rows, num_mixed)
     check_range("rows", rows, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
     if partner is not None:
         check_range("partner", partner, 0, labels.shape[0] - 1, f"in [0, {labels.shape[0] - 1}]")
@@ -115,6 +119,7 @@ def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> T
 
     ``src`` (M, ...), ``index`` and ``weight`` (T,), ``offsets`` (J + 1,) ascending from 0 to T. Rows no t points to are 0.
     """
+    check_sum(src, index, weight, offsets)
     compute = accumulate_dtype(src.dtype)
     terms = src[index].to(compute) * weight.to(compute).view(-1, *[1] * (src.dim() - 1))
     segment = torch.searchsorted(offsets, torch.arange(index.shape[0], device=src.device), right=True) - 1
@@ -124,6 +129,7 @@ def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> T
 
 def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
     """⟨a[a_index_t], b[b_index_t]⟩ over everything but the first dimension → (T,) float32 (float64 for float64)."""
+    check_products(a, b, a_index, b_index)
     compute = accumulate_dtype(a.dtype)
     products = a[a_index].to(compute) * b[b_index].to(compute)
     return products.flatten(1).sum(1) if products.dim() > 1 else products

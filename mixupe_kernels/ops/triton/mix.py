@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import row_format
-from ..arguments import Mixing, check_box
+from ..arguments import Mixing, check_box, check_target
 from .launch import Tile, device_of, launch_tiled
 
 
@@ -152,11 +152,15 @@ def mix_out(x: Tensor, mixing: Mixing, box: Tensor | None = None, *, out: Tensor
     ``out`` may be ``x`` itself when partner is None and rows are not chosen. Samples with a partner, row or λ out of
     range become NaN.
     """
+    mixing.check(x, out.dtype)
     check_box(box, x)
-    mixing.check()
+    _write(x, mixing, box, out)
+
+
+def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     dense = dense_rows(out)
     if dense is not out:
-        mix_out(x, mixing, box, out=dense)
+        _write(x, mixing, box, dense)
         out.copy_(dense)
         return
     if out.numel() == 0:
@@ -202,6 +206,8 @@ def mix(
     box: Tensor | None = None,
 ) -> Tensor:
     """The mixed batch in one launch, normalised, cast and laid out on the way; as ``reference.mix``."""
+    mixing.check(x, dtype)
+    check_box(box, x)
     count = x.shape[0] if mixing.rows is None else mixing.rows.shape[0]
     out = torch.empty(
         (count, *x.shape[1:]),
@@ -209,7 +215,7 @@ def mix(
         device=x.device,
         memory_format=memory_format or row_format(x),
     )
-    mix_out(x, mixing, box, out=out)
+    _write(x, mixing, box, out)
     return out
 
 
@@ -238,6 +244,7 @@ def mixed_target(
     labels: Tensor, partner: Tensor | None, lam: Tensor, rows: Tensor, num_mixed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a batch's draw comes to, row by row, in one launch; as ``reference.mixed_target``."""
+    check_target(labels, partner, lam, rows, num_mixed)
     n, block = rows.shape[0], 128
     own_partner, own_label, partner_label = (torch.empty(n, dtype=torch.int64, device=rows.device) for _ in range(3))
     own_lam = torch.empty(n, dtype=lam.dtype, device=rows.device)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...conventions import accumulate_dtype
+from ..arguments import check_products, check_sum
 from .launch import Tile, launch_tiled
 
 # A program adds up this many tiles of a row_dot before another takes over: long rows (3·224·224) fill the device
@@ -77,6 +78,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Weighted sums of rows of ``src`` (M, ...), (J, ...) in its dtype, in one launch; as ``reference.gather_sum``."""
+    check_sum(src, index, weight, offsets)
     n = offsets.shape[0] - 1
     out = torch.empty((n, *src.shape[1:]), dtype=src.dtype, device=src.device)
     if out.numel() == 0:
@@ -99,6 +101,7 @@ def gather_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> T
 
 def row_dot(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> Tensor:
     """⟨a[a_index_t], b[b_index_t]⟩, (T,), in one launch or two where rows are long; as ``reference.row_dot``."""
+    check_products(a, b, a_index, b_index)
     n = a_index.shape[0]
     out = torch.empty(n, dtype=accumulate_dtype(a.dtype), device=a.device)
     if n == 0:
