@@ -109,7 +109,8 @@ class Mixup:
 
     In the collate function of a data loader, the workers' copies follow: what ``set_epoch`` and ``enabled`` were told in
     the main process holds for every batch that a worker begins afterwards, ``steps`` counts the batches of all workers,
-    and each regularizes every ``interval``-th of its own. A ``generator`` becomes, in each worker, a stream seeded by it
+    and each regularizes every ``interval``-th of its own: one batch in ``interval`` of all, though not at the places where a
+    single process has them. A ``generator`` becomes, in each worker, a stream seeded by it
     and by the worker's seed, which differs from epoch to epoch; so a run repeats where torch's seed is set, too.
     """
 

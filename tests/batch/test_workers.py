@@ -108,10 +108,12 @@ def test_spawned_workers(persistent):
     assert lams[:4] == [1.0] * 4 and len(set(lams)) == 5 and fn.steps == 4
 
 
-def test_interval_longer_than_a_workers_share_of_an_epoch():
+@pytest.mark.parametrize("persistent", [False, True])
+def test_interval_longer_than_a_workers_share_of_an_epoch(persistent):
     fn = mk.MixupE(interval=16)
-    regularized = [target.num_reg > 0 for _ in range(8) for target in loader(fn, 8, 4)]
-    assert sum(regularized) == 4
+    batches = loader(fn, 8, 4, persistent_workers=persistent)
+    regularized = [target.num_reg > 0 for _ in range(8) for target in batches]
+    assert sum(regularized) == 4 and fn.steps == 64
 
 
 @pytest.mark.parametrize(("workers", "options"), KINDS)
