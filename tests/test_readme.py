@@ -45,6 +45,10 @@ def batch_of(names: dict) -> dict:
     return {"x": x, "logits": mk.forward_mixupe(names["model"], x, target), "target": target}
 
 
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_there_are_examples():
     assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/losses.md"} <= set(map(name_of, EXAMPLES))
 
@@ -91,3 +95,19 @@ def test_the_reference_has_every_public_name_once():
 def test_the_site_has_every_page():
     listed = set(re.findall(r": ([\w/]+\.md)", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+
+
+def test_the_recipes_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "IMAGES", tmp_path)
+    assert report.recipe() == ["Not measured yet."]
+    columns = (
+        "data_set,network,alpha,budget,method,fraction,gamma,eta,cost,error,error_less_mixup,error_less_mixup_error"
+    )
+    rows = [
+        "MNIST,CNN,1.0,epochs,mixup,0.0,0.0,0.0,1.0,8.0,0.0,0.0",
+        "MNIST,CNN,1.0,epochs,two calls,1.0,0.0,0.001,1.9,7.6,-0.4,0.1",
+        "MNIST,CNN,1.0,epochs,split,0.25,0.25,0.001,1.25,8.5,0.5,0.2",
+        "MNIST,CNN,1.0,time,split,0.25,0.25,0.001,1.25,9.0,1.0,0.2",
+    ]
+    (tmp_path / "summary.csv").write_text("\n".join([columns, *rows]))
+    assert report.recipe()[-1] == "| MNIST, CNN, α = 1 | 8.00 | – | -0.40 ± 0.10, 1.90 × | **+0.50 ± 0.20**, 1.25 × |"
