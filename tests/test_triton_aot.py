@@ -3,6 +3,7 @@
 All variants for sm_90, one case of each kernel for the other targets; `python -m bench aot` compiles all for all.
 """
 
+import collections
 import csv
 import math
 import os
@@ -19,8 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction
 
-from bench.aot import CALLS, TARGETS, Case, cases, compile_case
-from mixupe_kernels.ops.triton import launch
+from bench.aot import CALLS, TARGETS, Case, cases, compile_case, compiled_only
+from mixupe_kernels.ops.triton import KERNELS, launch
 
 ROOT = Path(__file__).parents[1]
 REPRESENTATIVE = [
@@ -130,3 +131,57 @@ def test_cases_reach_every_entry_of_the_launch_table(monkeypatch):
         for tile in entries.values()
     }
     assert used == table
+
+
+def kernels_of_a_run(batches, calls):
+    """Name → the distinct kernels that the calls compile over all batches of a run."""
+    found = collections.defaultdict(set)
+    with compiled_only(TARGETS["sm_90"]) as kernels:
+        for batch in batches:
+            calls(*batch)
+    for name, kernel in kernels:
+        found[name].add(kernel.hash)
+    return {name: len(hashes) for name, hashes in found.items()}
+
+
+# (pixels, rows): scales in turn, and an odd number of rows in the last batch.
+MULTI_SCALE = [(224, 64), (192, 64), (160, 64), (224, 37), (192, 33)]
+
+
+@pytest.mark.parametrize("kind", ["random", "flip", "pixels", "clean rows"])
+def test_a_run_over_several_scales_compiles_two_kernels_of_a_family_at_most(kind):
+    def batch(pixels, rows):
+        x = torch.empty(rows, 3, pixels, pixels, dtype=torch.uint8 if kind == "pixels" else torch.bfloat16)
+        index, lam, three = torch.empty(rows, dtype=torch.int64), torch.empty(()), torch.empty(3)
+        partner = None if kind == "flip" else index
+        normalise = (three, three, torch.bfloat16) if kind == "pixels" else (None, None, None)
+        total, chosen = rows, None
+        if kind == "clean rows":
+            total, chosen = rows + rows // 4, torch.empty(rows + rows // 4, dtype=torch.int64)
+            KERNELS["mixed_target"](index, partner, lam, chosen, rows)
+        KERNELS["mix"](x, partner, lam, chosen, *normalise)
+        logits, labels, weight = (
+            torch.empty(total, 1000, dtype=torch.bfloat16),
+            torch.empty(total, dtype=torch.int64),
+            torch.empty(total),
+        )
+        counts = (rows, total - rows) if chosen is not None else (total, 0)
+        _, *saved = KERNELS["mixupe_loss"](logits, labels, labels, weight, lam, lam, *counts)
+        KERNELS["mixupe_loss_backward"](lam, logits, labels, labels, weight, *saved, counts[0])
+
+    found = kernels_of_a_run(MULTI_SCALE, batch)
+    assert {"row_stats", "loss_total", "row_gradient", "mix_pairs" if kind == "flip" else "mix_rows"} <= set(found)
+    assert max(found.values()) <= 2, found
+
+
+def test_numbers_of_the_loss_compile_one_kernel():
+    def loss(penalty, threshold, clean_weight):
+        logits, labels, one = torch.empty(64, 1000), torch.empty(64, dtype=torch.int64), torch.empty(())
+        KERNELS["mixupe_loss"](
+            logits, labels, None, None, one, one, 48, 16, penalty, threshold, True, 0.0, False, clean_weight
+        )
+
+    found = kernels_of_a_run(
+        [(1, threshold, weight) for threshold in (0.5, 1.0, 0.3) for weight in (0.25, 0.3, 1.0)], loss
+    )
+    assert found == {"row_stats": 1, "loss_total": 1}

@@ -178,3 +178,13 @@ HUGE = 2**62
 def test_a_box_past_the_image_ends_with_it(backend, edges, memory_format):
     x = torch.randn(4, 3, 4, 6).to(memory_format=memory_format)
     check_mix(x, torch.tensor([1, 2, 3, 0]), torch.tensor(0.3), box=torch.tensor(edges))
+
+
+@pytest.mark.parametrize("partner", [None, "random"])
+@pytest.mark.parametrize("shape", [(2, 3, 65, 64), (3, 2, 97, 101)], ids=str)
+def test_channels_longer_than_a_tile(backend, shape, partner):
+    """Triton's tiles then have two channels at most: the ends of channels are within tiles and at their ends."""
+    x, lam = torch.randint(256, shape, dtype=torch.uint8), torch.rand(shape[0])
+    partner = None if partner is None else torch.randperm(shape[0])
+    scale, shift = torch.rand(2, shape[1])
+    check("mix", x, partner, lam, None, scale, shift, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...conventions import accumulate_dtype
 from ..arguments import LossArguments, Parts, RowOptions, RowTarget, check_logits
-from .launch import Tile, launch_tiled, splits_for
+from .launch import Tile, halves, launch_tiled, splits_for
 from .rows import (
     OF_CLEAN,
     OF_MIX,
@@ -33,6 +33,7 @@ from .rows import (
     sign_entropy,
     target_tile,
     unit_columns,
+    whole,
     zero_where,
 )
 
@@ -42,9 +43,9 @@ MERGE_ROWS = 4  # split rows are few: a program merges four of at most 512
 @triton.jit
 def finish_rows(
     logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-    program, programs, n, num_mixed, num_reg,
+    program, programs, n, num_mixed, num_reg, threshold,
     C: tl.constexpr, STRIDE: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-    SIGMOID: tl.constexpr, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
 ):  # fmt: skip
     """CE, H and lse of each row from its state; for the loss, signed H and lse, and the program's part of its six sums."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
@@ -82,27 +83,27 @@ def finish_rows(
         tl.store(saved[1] + row, entropy, mask=inside)
     else:
         q = q_hat(ce, entropy, lse, mass, DENSE, SIGMOID)
-        value, slope = penalty_of(q, PENALTY, THRESHOLD)
+        value, slope = penalty_of(q, threshold, PENALTY)
         mixed = inside & (row < num_mixed)
         clean = inside & (row >= num_mixed)
         # NaN (a label out of range) counts as whole, so that it reaches the loss.
-        whole = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
-        tl.store(saved[1] + row, sign_entropy(entropy, tl.where(whole, slope, 0.0)), mask=inside)
+        counted = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
+        tl.store(saved[1] + row, sign_entropy(entropy, tl.where(counted, slope, 0.0)), mask=inside)
         tl.store(sums + program, tl.sum(tl.where(mixed, ce, 0.0), 0))
         tl.store(sums + programs + program, tl.sum(tl.where(mixed, kept, 0.0), 0))
         tl.store(sums + 2 * programs + program, tl.sum(tl.where(clean, ce, 0.0), 0))
         tl.store(sums + 3 * programs + program, tl.sum(tl.where(clean, kept, 0.0), 0))
-        tl.store(sums + 4 * programs + program, tl.sum(tl.where(whole, value, 0.0), 0))
-        tl.store(sums + 5 * programs + program, tl.sum(tl.where(whole, 1.0, 0.0).to(ACC), 0))
+        tl.store(sums + 4 * programs + program, tl.sum(tl.where(counted, value, 0.0), 0))
+        tl.store(sums + 5 * programs + program, tl.sum(tl.where(counted, 1.0, 0.0).to(ACC), 0))
 
 
 @triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
 def row_stats(
     logits, target, saved, sums, states,
-    n, num_mixed, num_reg,
+    n, num_mixed, num_reg, threshold,
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    PENALTY: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, splits): each program reads SPAN columns of ROWS rows. ``states`` (5, N, splits) or None."""
@@ -153,8 +154,8 @@ def row_stats(
     if states is None:
         finish_rows(
             logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-            tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg,
-            C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY, THRESHOLD,
+            tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg, threshold,
+            C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY,
         )  # fmt: skip
     else:
         plane = n * tl.num_programs(1)
@@ -170,10 +171,10 @@ def row_stats(
 @triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
 def merge_stats(
     logits, target, saved, sums, states,
-    n, num_mixed, num_reg,
+    n, num_mixed, num_reg, threshold,
     C: tl.constexpr, STRIDE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr, THRESHOLD: tl.constexpr,
+    PENALTY: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The second stage of split rows: the states of a row's parts brought to one maximum and added, in one order."""
@@ -205,8 +206,8 @@ def merge_stats(
         linear = tl.sum(part_linear, 1) if SIGMOID else tl.sum(part_linear + move * part_mass, 1)
     finish_rows(
         logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-        tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg,
-        C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY, THRESHOLD,
+        tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg, threshold,
+        C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY,
     )  # fmt: skip
 
 
@@ -219,8 +220,8 @@ def one_over(count):
 @triton.jit(do_not_specialize=["programs"])
 def loss_total(
     loss, parts, sums, eta, reg_weight,
-    programs,
-    CLEAN_WEIGHT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    programs, clean_weight,
+    HAS_CLEAN: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """L and its ``Parts`` from the sums of every program; one program, so that the order is fixed."""
     ce = tl.zeros((BLOCK,), sums.dtype.element_ty)
@@ -249,15 +250,15 @@ def loss_total(
     clean_loss = tl.sum(clean, 0) * per_clean
     reg = tl.sum(value, 0) * per_reg
     cross_entropy = mix_loss
-    if CLEAN_WEIGHT != 0:  # 0·∞ is NaN
-        cross_entropy += clean_loss * CLEAN_WEIGHT
+    if HAS_CLEAN:  # 0·∞ is NaN
+        cross_entropy += clean_loss * whole(clean_weight, clean_loss)
     total = cross_entropy + strength * reg
     eta_hat = rows_mix * 0 + 1
     if RESCALE:
         eta_hat = tl.where(total == 0, 1.0, quotient(tl.abs(cross_entropy), tl.where(total == 0, 1.0, tl.abs(total))))
     of_clean = per_clean * 0
-    if CLEAN_WEIGHT != 0:
-        of_clean = eta_hat * per_clean * CLEAN_WEIGHT
+    if HAS_CLEAN:
+        of_clean = eta_hat * per_clean * whole(clean_weight, per_clean)
     tl.store(loss, eta_hat * total)
     tl.store(parts, mix_loss)
     tl.store(parts + 1, clean_loss)
@@ -282,13 +283,13 @@ def _forward(
     saved = (None if loss else new(n), new(n), new(n))
     total, parts = new(()), new(len(Parts._fields))
     num_mixed, num_reg = (loss.num_mixed, loss.num_reg) if loss else (0, 0)
+    threshold = halves(loss.threshold if loss else 1.0)
     shape = {"C": columns, "STRIDE": logits.stride(0)}
     flags = {
         "LABEL_SMOOTHING": options.label_smoothing,
         "IGNORE_INDEX": options.ignore_index,
         "SIGMOID": options.sigmoid,
         "PENALTY": loss.penalty if loss else 0,
-        "THRESHOLD": loss.threshold if loss else 1.0,
     }
 
     def run(tile: Tile) -> None:
@@ -299,19 +300,19 @@ def _forward(
         states = new((5, n, splits)) if splits > 1 else None
         if n:
             row_stats[(triton.cdiv(n, tile.rows), splits)](
-                logits, target, saved, sums, states, n, num_mixed, num_reg,
+                logits, target, saved, sums, states, n, num_mixed, num_reg, threshold,
                 **shape, TARGET_STRIDE=target.labels.stride(0), **flags,
                 ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
             )  # fmt: skip
         if n and splits > 1:
             merge_stats[(groups,)](
-                logits, target, saved, sums, states, n, num_mixed, num_reg,
+                logits, target, saved, sums, states, n, num_mixed, num_reg, threshold,
                 **shape, **flags, ROWS=MERGE_ROWS, SPLITS=splits, num_warps=1, num_stages=1,
             )  # fmt: skip
         if loss:
             loss_total[(1,)](
-                total, parts, sums, loss.eta, loss.reg_weight, groups,
-                CLEAN_WEIGHT=loss.clean_weight, RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
+                total, parts, sums, loss.eta, loss.reg_weight, groups, halves(loss.clean_weight),
+                HAS_CLEAN=loss.clean_weight != 0, RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
             )  # fmt: skip
 
     launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)

@@ -5,6 +5,8 @@ and an accumulated tile stays under 32 values a thread so that nothing spills. `
 neighbours once per key on the device at hand and prints the choice; another tile may change the last bit of a sum.
 """
 
+import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -108,6 +110,23 @@ PROGRAMS = 512
 LOOPED, STAGES = ("row_stats", "row_stats_dense", "row_gradient_summed", "sum"), (1, 2, 3)
 
 _tuned: dict[tuple, Tile] = {}
+
+
+# Sizes and strides that change from batch to batch, as those of images of several scales do, are numbers of packs and a
+# constant, the elements of a pack: a kernel serves every size of the same alignment, and loads as widely as one made for it.
+MOST_PACKED = 16
+
+
+def packs(size: int) -> tuple[int, int]:
+    """(packs, elements of a pack), whose product is ``size``."""
+    pack = math.gcd(size, MOST_PACKED)
+    return size // pack, pack
+
+
+def halves(number: float) -> tuple[float, float]:
+    """A number as arguments of a kernel, which are float32: the nearest one, and what it leaves."""
+    nearest = ctypes.c_float(number).value
+    return nearest, number - nearest if math.isfinite(nearest) else 0.0
 
 
 def tile_for(family: str, dtype: torch.dtype, length: int) -> Tile:

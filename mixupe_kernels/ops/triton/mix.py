@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...conventions import row_format
 from ..arguments import Mixing, check_box, check_target
-from .launch import Tile, device_of, launch_tiled
+from .launch import Tile, device_of, launch_tiled, packs
 
 
 @triton.jit
@@ -35,22 +35,31 @@ def blend(own, other, weight, cut):
 
 @triton.jit
 def places(
-    tile, SIZE: tl.constexpr, CHANNELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output."""
-    PIXELS: tl.constexpr = SIZE // CHANNELS
+    tile, size, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output; and the
+    first one's channel.
+
+    PIXELS, of a channel, is 0 where these are more than a tile, which then has two channels at most: no element divides.
+    """
     step = tile * BLOCK + tl.arange(0, BLOCK)
+    pixels = PIXELS if PIXELS else size // CHANNELS
+    first = tile * BLOCK // pixels
     if OUT_LAST:
         channel, pixel = step % CHANNELS, step // CHANNELS
-    else:
+    elif PIXELS:
         channel, pixel = step // PIXELS, step % PIXELS
+    else:
+        channel = first + (step >= (first + 1) * pixels).to(tl.int32)
+        pixel = step - channel * pixels
     if X_LAST == OUT_LAST:
         source = step
     elif X_LAST:
         source = pixel * CHANNELS + channel
     else:
-        source = channel * PIXELS + pixel
-    return step, source, channel
+        source = channel * pixels + pixel
+    return step, source, channel, first
 
 
 @triton.jit
@@ -72,23 +81,34 @@ def is_read(weight, cut):
 
 
 @triton.jit
-def affine(values, scale, shift, channel, mask):
+def of_channel(table, channel, first, mask, CHANNELS: tl.constexpr, EVERY: tl.constexpr):
+    """The table's entry for each element's channel: gathered, or where a tile has ``first`` and the next, one of two."""
+    if EVERY:
+        return tl.load(table + channel, mask=mask, other=0.0)
+    else:
+        return tl.where(channel == first, tl.load(table + first), tl.load(table + tl.minimum(first + 1, CHANNELS - 1)))
+
+
+@triton.jit
+def affine(values, scale, shift, channel, first, mask, CHANNELS: tl.constexpr, EVERY: tl.constexpr):
     if scale is None:
         return values
     else:
-        factor = tl.load(scale + channel, mask=mask, other=0.0)
-        return values * factor + tl.load(shift + channel, mask=mask, other=0.0)
+        factor = of_channel(scale, channel, first, mask, CHANNELS, EVERY)
+        return values * factor + of_channel(shift, channel, first, mask, CHANNELS, EVERY)
 
 
-@triton.jit(do_not_specialize=["n", "batch"])
+@triton.jit(do_not_specialize=["n", "batch", "size", "out_stride", "x_stride"])
 def mix_rows(
     out, x, partner, rows, lam, scale, shift, box,
-    n, batch,
-    SIZE: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
+    n, batch, size, out_stride, x_stride,
+    SIZE_PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    LAM_STRIDE: tl.constexpr,
     X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n · tiles,): one tile of one sample of the output each."""
+    """Grid (n · tiles,): one tile of one sample of the output each. Sizes are in packs."""
+    size, out_stride, x_stride = size * SIZE_PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
     i = tl.program_id(0) % n
     own_row = i.to(tl.int64)
     if rows is not None:
@@ -96,44 +116,54 @@ def mix_rows(
     other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
     readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
-    step, source, channel = places(tl.program_id(0) // n, SIZE, CHANNELS, X_LAST, OUT_LAST, BLOCK)
-    mask = step < SIZE
+    step, source, channel, first_channel = places(
+        tl.program_id(0) // n, size, CHANNELS, PIXELS, X_LAST, OUT_LAST, BLOCK
+    )
+    mask = step < size
     # None stays out of inside_box: Triton 3.6 compiles no function that returns it.
     cut = None if box is None else inside_box(box, step, CHANNELS, OUT_LAST, HEIGHT, WIDTH)
     # Read or not for a whole tile: masks that change from element to element would make loads narrow.
     own_read, other_read = readable & (weight != 0), readable & is_read(1 - weight, cut)
-    own = tl.load(x + own_row * X_STRIDE + source, mask=mask & own_read, other=0).to(ACC)
-    other = tl.load(x + other_row * X_STRIDE + source, mask=mask & other_read, other=0).to(ACC)
-    mixed = affine(blend(own, other, weight, cut), scale, shift, channel, mask)
-    tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
+    own = tl.load(x + own_row * x_stride + source, mask=mask & own_read, other=0).to(ACC)
+    other = tl.load(x + other_row * x_stride + source, mask=mask & other_read, other=0).to(ACC)
+    mixed = affine(
+        blend(own, other, weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or OUT_LAST
+    )
+    tl.store(out + i.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "size", "out_stride", "x_stride"])
 def mix_pairs(
     out, x, lam, scale, shift, box,
-    batch,
-    SIZE: tl.constexpr, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    OUT_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, LAM_STRIDE: tl.constexpr,
+    batch, size, out_stride, x_stride,
+    SIZE_PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    LAM_STRIDE: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈batch / 2⌉ · tiles,): one tile of the samples i and batch - 1 - i, read before either is written."""
+    size, out_stride, x_stride = size * SIZE_PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
     pairs = (batch + 1) // 2
     i = tl.program_id(0) % pairs
     j = batch - 1 - i
     inside = i < batch
     first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
-    step, _, channel = places(tl.program_id(0) // pairs, SIZE, CHANNELS, LAST, LAST, BLOCK)
-    mask = step < SIZE
+    step, _, channel, first_channel = places(tl.program_id(0) // pairs, size, CHANNELS, PIXELS, LAST, LAST, BLOCK)
+    mask = step < size
     cut = None if box is None else inside_box(box, step, CHANNELS, LAST, HEIGHT, WIDTH)
     first_read = inside & ((first_weight != 0) | is_read(1 - second_weight, cut))
     second_read = inside & ((second_weight != 0) | is_read(1 - first_weight, cut))
-    first = tl.load(x + i.to(tl.int64) * X_STRIDE + step, mask=mask & first_read, other=0).to(ACC)
-    second = tl.load(x + j.to(tl.int64) * X_STRIDE + step, mask=mask & second_read, other=0).to(ACC)
-    mixed = affine(blend(first, second, first_weight, cut), scale, shift, channel, mask)
-    tl.store(out + i.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask)
-    mixed = affine(blend(second, first, second_weight, cut), scale, shift, channel, mask)
-    tl.store(out + j.to(tl.int64) * OUT_STRIDE + step, mixed.to(out.dtype.element_ty), mask=mask & (j != i))
+    first = tl.load(x + i.to(tl.int64) * x_stride + step, mask=mask & first_read, other=0).to(ACC)
+    second = tl.load(x + j.to(tl.int64) * x_stride + step, mask=mask & second_read, other=0).to(ACC)
+    mixed = affine(
+        blend(first, second, first_weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or LAST
+    )
+    tl.store(out + i.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask)
+    mixed = affine(
+        blend(second, first, second_weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or LAST
+    )
+    tl.store(out + j.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask & (j != i))
 
 
 def is_channels_last(memory_format: torch.memory_format) -> bool:
@@ -169,13 +199,15 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     partner, lam, rows, scale, shift = mixing
     n, size = out.shape[0], out[0].numel()
     x_last, out_last = is_channels_last(row_format(x)), is_channels_last(row_format(out))
+    channels = out.shape[1] if scale is not None or x_last or out_last else 1
+    (sizes, size_pack), (out_strides, out_pack), (x_strides, x_pack) = map(packs, (size, out.stride(0), x.stride(0)))
     shape = {
-        "SIZE": size,
-        "CHANNELS": out.shape[1] if scale is not None or x_last or out_last else 1,
+        "SIZE_PACK": size_pack,
+        "OUT_PACK": out_pack,
+        "X_PACK": x_pack,
+        "CHANNELS": channels,
         "HEIGHT": 1 if box is None else out.shape[-2],
         "WIDTH": 1 if box is None else out.shape[-1],
-        "OUT_STRIDE": out.stride(0),
-        "X_STRIDE": x.stride(0),
         "LAM_STRIDE": lam.stride(0) if lam.dim() and lam.shape[0] > 1 else 0,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
@@ -183,15 +215,16 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     partner, rows, box = (None if index is None else index.contiguous() for index in (partner, rows, box))
 
     def run(tile: Tile) -> None:
-        tiles = triton.cdiv(size, tile.block)
+        tiles, pixels = triton.cdiv(size, tile.block), size // channels
+        constants = {**shape, "PIXELS": pixels if pixels < tile.block else 0, "BLOCK": tile.block, **tile.launch}
         if pairs:
             mix_pairs[((n + 1) // 2 * tiles,)](
-                out, x, lam, scale, shift, box, n, **shape, LAST=x_last, BLOCK=tile.block, **tile.launch
+                out, x, lam, scale, shift, box, n, sizes, out_strides, x_strides, **constants, LAST=x_last
             )
         else:
             mix_rows[(n * tiles,)](
-                out, x, partner, rows, lam, scale, shift, box, n, x.shape[0],
-                **shape, X_LAST=x_last, OUT_LAST=out_last, BLOCK=tile.block, **tile.launch,
+                out, x, partner, rows, lam, scale, shift, box, n, x.shape[0], sizes, out_strides, x_strides,
+                **constants, X_LAST=x_last, OUT_LAST=out_last,
             )  # fmt: skip
 
     in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -218,14 +218,21 @@ def q_hat(ce, entropy, lse, mass, DENSE: tl.constexpr, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def penalty_of(q, PENALTY: tl.constexpr, THRESHOLD: tl.constexpr):
+def whole(halves, like):
+    """The number that ``launch.halves`` took apart, in the dtype of ``like``."""
+    zero = (like == like).to(like.dtype) * 0  # of that dtype also where the interpreter has halves of Python's
+    return (zero + halves[0]) + halves[1]
+
+
+@triton.jit
+def penalty_of(q, threshold, PENALTY: tl.constexpr):
     """(value, slope) of the penalty: the rows of ``conventions.PENALTIES`` by number. A q of NaN stays NaN in both."""
     if PENALTY == 0:
         value = tl.abs(q)
         slope = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, q))
     elif PENALTY == 1:
-        value = zero_where(q >= THRESHOLD, -q)
-        slope = zero_where(q >= THRESHOLD, tl.where(q == q, -1.0, q))
+        value = zero_where(q >= whole(threshold, q), -q)
+        slope = zero_where(q >= whole(threshold, q), tl.where(q == q, -1.0, q))
     else:
         tl.static_assert(PENALTY == 2, "unknown penalty")
         value = -q
