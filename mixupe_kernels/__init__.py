@@ -1,9 +1,10 @@
 """Fused operators that make MixupE training (Zou et al., UAI 2023) cost what plain mixup costs.
 
->>> mixup_fn = mixupe_kernels.MixupE(alpha=1.0, clean_fraction=1 / 8)
->>> criterion = mixupe_kernels.MixupELoss(eta=1e-3)
+>>> mixup_fn = mixupe_kernels.MixupE(alpha=1.0, clean_fraction=1 / 4)
+>>> criterion = mixupe_kernels.MixupELoss(eta=1e-3, clean_weight=1 / 4)
+>>> model = mixupe_kernels.split_batch_norm(model)
 >>> x, target = mixup_fn(x, labels)
->>> criterion(model(x), target).backward()
+>>> criterion(mixupe_kernels.forward_mixupe(model, x, target), target).backward()
 """
 
 from .batch import pairing, sampling

@@ -183,6 +183,7 @@ LOSSES = tuple(every_loss(torch.zeros(1, 1), None))
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("wants_gradient", [False, True])
+@pytest.mark.refuses
 def test_lam_out_of_range_is_refused(backend, target, name, bad, wants_gradient):
     target.lam[2] = bad
     logits = torch.randn(ROWS, CLASSES, requires_grad=wants_gradient)
