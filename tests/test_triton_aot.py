@@ -158,7 +158,7 @@ def test_a_run_over_several_scales_compiles_two_kernels_of_a_family_at_most(kind
         total, chosen = rows, None
         if kind == "clean rows":
             total, chosen = rows + rows // 4, torch.empty(rows + rows // 4, dtype=torch.int64)
-            KERNELS["mixed_target"](index, partner, lam, chosen, rows)
+            _, partner, *_ = KERNELS["mixed_target"](index, partner, lam, chosen, rows)
         KERNELS["mix"](x, partner, lam, chosen, *normalise)
         logits, labels, weight = (
             torch.empty(total, 1000, dtype=torch.bfloat16),
