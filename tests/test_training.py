@@ -6,6 +6,8 @@ from torch import nn
 
 import mixupe_kernels as mk
 
+pytestmark = pytest.mark.thorough  # an emulated device trains for 45 s here, what the operators' suite has shown
+
 POLICIES = {
     "full": {},
     "sample": {"clean_fraction": 1 / 8},
