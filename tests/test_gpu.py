@@ -98,19 +98,12 @@ def test_graph_replay_reads_fresh_lam_and_eta(backend):
         loss = mk.mixupe_loss(mixed.flatten(1) @ weight, target, eta=eta)
         return loss, torch.autograd.grad(loss, weight)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     for fresh_lam, fresh_eta in ((0.3, 0.1), (0.9, 0.1), (0.5, 2.0)):
         lam.fill_(fresh_lam)
         eta.fill_(fresh_eta)
         graph.replay()
-        for got, expected in zip(captured, step(), strict=True):
+        for got, expected in zip(replayed, step(), strict=True):
             torch.testing.assert_close(got, expected)
 
 
