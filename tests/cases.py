@@ -72,16 +72,16 @@ def as_double(value):
     return None if isinstance(value, torch.dtype) else value
 
 
-def truth(name, *args):
+def truth(name, *args, **written):
     """``torch.ops.mixupe.<name>`` of the arguments in float64, by the reference: what every backend is compared with."""
     with mk.use_backend("reference"):
-        return getattr(torch.ops.mixupe, name)(*map(as_double, args))
+        return getattr(torch.ops.mixupe, name)(*map(as_double, args), **written)
 
 
-def peer(name, *args):
+def peer(name, *args, **written):
     """The same in the arguments' own dtypes: the error PyTorch makes there is what a backend's is compared with."""
     with mk.use_backend("reference"):
-        return getattr(torch.ops.mixupe, name)(*args)
+        return getattr(torch.ops.mixupe, name)(*args, **written)
 
 
 def compute(name, *args):

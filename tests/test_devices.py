@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import mixupe_kernels as mk
 from mixupe_kernels import conventions
 from mixupe_kernels.batch import randomness, sampling
-from mixupe_kernels.ops import reference, registration
-from mixupe_kernels.ops.arguments import Signature
+from mixupe_kernels.ops import registration
 
 from .ops.test_opcheck import opcheck_cases
 
@@ -53,15 +52,16 @@ def other(monkeypatch):
     return context
 
 
-@pytest.mark.parametrize("name", sorted(registration.kernels(reference)))
+@pytest.mark.parametrize("name", sorted(registration.references()))
 def test_the_reference(other, name):
     cases = [case for case in opcheck_cases() if case[0] == name]
     assert cases
     with other():
         for _, *arguments in cases:
             args, kwargs = tree_map_only(torch.Tensor, lambda value: value.detach().to(META), arguments)
-            flat = Signature(getattr(reference, name)).Flat(*args, **{k: v for k, v in kwargs.items() if k != "out"})
-            registration.kernels(reference)[name](*flat, **({"out": kwargs["out"]} if "out" in kwargs else {}))
+            Flat = registration.signature_of(getattr(torch.ops.mixupe, name).default).Flat
+            written = {name: kwargs.pop(name) for name in list(kwargs) if name not in Flat._fields}
+            registration.references()[name](*Flat(*args, **kwargs), **written)
 
 
 OPTIONS = [

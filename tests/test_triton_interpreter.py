@@ -53,7 +53,8 @@ def check_entropy(logits, target, smoothing=0.0):
 
 
 def test_every_operator_has_its_kernels():
-    assert set(KERNELS) == set(mk.ops.operators())
+    by_torch = {"normalise_apart", "normalise_apart_backward"}  # PyTorch's own kernels, on parts
+    assert set(KERNELS) | by_torch == set(mk.ops.operators())
 
 
 @pytest.mark.parametrize("kind", TARGETS)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks, ops
-from ..conventions import accumulate_dtype, row_format
 from ..target import MixedTarget
 
 
@@ -44,71 +43,6 @@ def telling(x: Tensor, num_mixed: int) -> Iterator[None]:
         yield
     finally:
         _told.rows = before
-
-
-class _NormaliseApart(torch.autograd.Function):
-    """Training-mode batch norm of x[:mixed] and of x[mixed:], written into the two parts of one tensor.
-
-    The running statistics follow x[mixed:]. Without a ``setup_context``, for which ``apply`` takes 100 µs a call.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, mixed, momentum, eps):
-        out = torch.empty_like(x)
-        statistics = [torch.empty(0, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(4)]
-        first, last = (out[:mixed], *statistics[:2]), (out[mixed:], *statistics[2:])
-        torch.native_batch_norm(x[:mixed], weight, bias, None, None, True, 0.0, eps, out=first)
-        torch.native_batch_norm(x[mixed:], weight, bias, running_mean, running_var, True, momentum, eps, out=last)
-        ctx.save_for_backward(x, weight, *statistics)
-        ctx.mixed, ctx.eps = mixed, eps
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, *statistics = ctx.saved_tensors
-        grads, needed = [], ctx.needs_input_grad[:3]
-        for rows, mean, inverse in ((slice(ctx.mixed), *statistics[:2]), (slice(ctx.mixed, None), *statistics[2:])):
-            args = (grad[rows], x[rows], weight, None, None, mean, inverse, True, ctx.eps, needed)
-            grads.append(torch.ops.aten.native_batch_norm_backward(*args))
-        (x_mixed, weight_mixed, bias_mixed), (x_clean, weight_clean, bias_clean) = grads
-        return (
-            torch.cat([x_mixed, x_clean]) if needed[0] else None,
-            weight_mixed + weight_clean if needed[1] else None,
-            bias_mixed + bias_clean if needed[2] else None,
-            *[None] * 5,
-        )
-
-
-def _writes_parts(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether native_batch_norm writes to ``out`` correctly (torch 2.13): not for strided x, nor in a half layer."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=row_format(x))
-    accurate = (x if weight is None else weight).dtype is accumulate_dtype(x.dtype)
-    return dense and accurate and x.device.type in ("cpu", "cuda")
-
-
-def normalise_apart(
-    x: Tensor,
-    mixed: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Training-mode batch norm of x[:mixed] and of x[mixed:], each by its own statistics; x[mixed:] moves the running ones.
-
-    The plain form is two calls and their concatenation: a compiled graph fuses them, and forward mode and torch.func
-    transform them. Elsewhere the concatenation would be a pass over the activations, which :class:`_NormaliseApart` saves.
-    """
-    plain = torch.compiler.is_compiling() or ops.is_transformed(x)
-    if plain or not _writes_parts(x, weight):
-        # A layer without a weight computes in the precision of its running statistics.
-        mean, var = (None if value is None else torch.zeros_like(value) for value in (running_mean, running_var))
-        first = F.batch_norm(x[:mixed], mean, var, weight, bias, True, 0.0, eps)
-        last = F.batch_norm(x[mixed:], running_mean, running_var, weight, bias, True, momentum, eps)
-        return torch.cat([first, last])
-    return _NormaliseApart.apply(x, weight, bias, running_mean, running_var, mixed, momentum, eps)
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -170,7 +104,7 @@ class SplitBatchNorm(_BatchNorm):
     def _normalise(self, x: Tensor, mixed: int, mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
         if mixed in (0, x.shape[0]):
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
-        return normalise_apart(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps)
+        return ops.batch_norm_apart(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps)
 
     def _finish(self, x: Tensor) -> Tensor:
         """What the layer's class does after the normalisation."""
@@ -266,10 +200,10 @@ def split_batch_norm(model: nn.Module) -> nn.Module:
     In evaluation, and where a layer alone is in evaluation mode, a layer is the BatchNorm that it was.
 
     A layer changes its class and nothing else: parameters, buffers, hooks and names stay, so optimizers and state_dicts of
-    the model as it was fit. No activation is copied; backward joins the two gradients, which is a pass over them. The
-    layers know their rows also in threads, in compiled models, and in blocks that a checkpoint recomputes, with two limits:
-    compile the model as a whole, not a block within a checkpoint; and let no two batches of as many rows, but of another
-    number of mixed ones, await their backward together.
+    the model as it was fit. No activation is copied; off the CPU, backward joins the two gradients, which is a pass over
+    them. The layers know their rows also in threads, in compiled models, and in blocks that a checkpoint recomputes, with
+    two limits: compile the model as a whole, not a block within a checkpoint; and let no two batches of as many rows, but
+    of another number of mixed ones, await their backward together.
 
     Args:
         model: changed in place. Its BatchNorm1d, 2d and 3d, lazy ones, subclasses that keep their forward, and timm's

@@ -3,6 +3,7 @@
 from .arguments import LossArguments, LossStats, Mixing, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
 from .losses import ce_entropy, ce_entropy_backward, fused_loss
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
+from .normalising import batch_norm_apart
 from .registration import call, in_backward, is_transformed, operators
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "RowOutputs",
     "RowStats",
     "RowTarget",
+    "batch_norm_apart",
     "call",
     "ce_entropy",
     "ce_entropy_backward",

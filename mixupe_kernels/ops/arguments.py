@@ -9,6 +9,7 @@ import math
 from collections import namedtuple
 from collections.abc import Callable
 from itertools import islice
+from string import ascii_lowercase
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -347,7 +348,7 @@ def _flat_class(name: str, names: list[str], defaults: list) -> Any:
 class Signature:
     """An operator's arguments, read from the function that defines it.
 
-    ``schema`` is the dispatcher's, ``Flat`` a namedtuple of its flat arguments. A keyword-only argument is one that the
+    ``schema`` is the dispatcher's, ``Flat`` a namedtuple of its flat arguments. Keyword-only arguments are those that the
     operator writes.
     """
 
@@ -355,7 +356,7 @@ class Signature:
         self.name = function.__name__
         signature = inspect.signature(function)
         taken = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
-        written = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+        written = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
         self._kinds = [(p.annotation, len(_fields(p.annotation))) for p in taken]
         flat: list[tuple[str, Any, Any]] = []
         for parameter in taken:
@@ -371,7 +372,9 @@ class Signature:
         arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in flat]
         arguments[required:] = [f"{text}={value}" for text, value in zip(arguments[required:], defaults, strict=True)]
         if written:
-            arguments += ["*", *(f"Tensor(a!) {name}" for name in written)]
+            optional = ("?" if p.annotation == Tensor | None else "" for p in written)
+            named = zip(ascii_lowercase, optional, written, strict=False)
+            arguments += ["*", *(f"Tensor({alias}!){mark} {p.name}" for alias, mark, p in named)]
         result = signature.return_annotation
         outputs = 0 if result is None else len(_fields(result) or get_args(result))
         returned = "Tensor" if result is Tensor else f"({', '.join(['Tensor'] * outputs)})"

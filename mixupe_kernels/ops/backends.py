@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import debug
-from . import reference, registration
+from . import registration
 from .registration import operators
 
 _PACKAGE = Path(__file__).parents[1]
@@ -54,10 +54,6 @@ class Backend(NamedTuple):
     listed: bool = True
 
 
-def _reference() -> Functions:
-    return registration.kernels(reference)
-
-
 def _triton() -> Functions:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("the triton package is not installed")
@@ -75,6 +71,12 @@ def _cuda() -> Functions:
     return _compiled("cuda", "_cuda", "CUDA")
 
 
+def _cuda_emulated() -> Functions:
+    """Less what the CUDA library leaves to PyTorch's kernels: on the CPU, another backend's stands under that name."""
+    functions = _compiled("cuda_emulated", "_cuda_emulated", "CPU")
+    return {name: function for name, function in functions.items() if not name.startswith("normalise_apart")}
+
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The table. A further backend is one line here, and the file that its functions are in.
@@ -85,11 +87,11 @@ BACKENDS = (
     Backend(
         "cuda_emulated",
         (),
-        lambda: _compiled("cuda_emulated", "_cuda_emulated", "CPU"),
+        _cuda_emulated,
         on_request=("CPU",),
         listed=False,
     ),
-    Backend("reference", KEYS, _reference),
+    Backend("reference", KEYS, registration.references),
 )
 
 
@@ -219,7 +221,7 @@ def _serve() -> None:
             backend = _chosen(key)
             if backend.name == _native[key] and key not in _with_switches and not debug.ON:
                 continue
-            given = {**_reference(), **backend.functions()}
+            given = {**registration.references(), **backend.functions()}
             _serving[key] = {operator: _for_switch(operator, key, backend, given[operator]) for operator in operators()}
             _put_in_switches(key)
 

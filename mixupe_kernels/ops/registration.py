@@ -12,7 +12,6 @@ This is the one file of the package that uses private names of torch, each with 
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +32,7 @@ class Operator(Protocol):
 
 
 _signatures: dict[str, Signature] = {}
+_references: dict[str, Callable] = {}
 _functions: dict[Operator, "_Differentiable"] = {}
 
 
@@ -40,7 +40,8 @@ def define(function: Callable, fake: Callable) -> Operator:
     """Declare the operator that ``function`` defines, under its name; return its overload."""
     signature = Signature(function)
     library.define(signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(signature.name, signature.taking_flat(function), "CompositeExplicitAutograd")
+    _references[signature.name] = signature.taking_flat(function)
+    library.impl(signature.name, _references[signature.name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"mixupe::{signature.name}", fake, lib=library)
     _signatures[signature.name] = signature
     return getattr(torch.ops.mixupe, signature.name).default
@@ -55,9 +56,9 @@ def operators() -> list[str]:
     return list(_signatures)
 
 
-def kernels(functions: ModuleType) -> dict[str, Callable]:
-    """A backend's functions by operator, as the dispatcher calls them: with flat arguments."""
-    return {name: signature.taking_flat(getattr(functions, name)) for name, signature in _signatures.items()}
+def references() -> dict[str, Callable]:
+    """The functions that define the operators, as the dispatcher calls them: with flat arguments."""
+    return dict(_references)
 
 
 # What a Function keeps -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixupe_kernels as mk
+from mixupe_kernels.ops import normalising
 
 from .networks import batch, images, network, randomised, statistics, step, target_of
 
@@ -148,11 +149,26 @@ class Operators(TorchDispatchMode):
         return out
 
 
-def test_copies_no_activation():
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_copies_no_activation(backend):
     layer, x = mk.split_batch_norm(nn.BatchNorm2d(4)), torch.randn(10, 4, 3, 3, requires_grad=True)
+    grad = torch.randn(10, 4, 3, 3)
+    with mk.use_backend(backend), Operators(4 * 4 * 9) as operators:
+        out = mk.forward_mixupe(layer, x, target_of(10, 6))
+        assert operators.names == ["mixupe::normalise_apart"]
+        out.backward(grad)
+    assert operators.names[1:] == ["mixupe::normalise_apart_backward"]
+
+
+def test_the_reference_writes_into_parts_of_the_output():
+    x = torch.randn(10, 4, 3, 3)
     with Operators(4 * 4 * 9) as operators:
-        mk.forward_mixupe(layer, x, target_of(10, 6))
-    assert operators.names == ["aten::empty_like"]  # the output; native_batch_norm writes into its parts
+        normalising.normalise_apart(x, None, None, 6, 0.1, 1e-5, running_mean=None, running_var=None)
+    assert operators.names == [
+        "aten::empty_like",
+        "aten::new_empty",
+        "aten::new_empty",
+    ]  # the output and its statistics
 
 
 def test_first_layer_learns_the_variance_of_clean_inputs():

@@ -21,6 +21,8 @@ def opcheck_cases():
     x = torch.randn(6, 3, 4, 4, requires_grad=True)
     pixels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
     index, term_weight, offsets = many_to_one(6, 9)
+    activations, channel = x.detach(), {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    statistics = torch.rand(2, 3)
     loss_tail = (labels, partner_labels, lam, *saved, 3)
     return [
         ("mix", (x, partner, lam), {}),
@@ -32,6 +34,9 @@ def opcheck_cases():
         ("mixed_target", (labels, None, torch.tensor(0.3), labels[:3], 2), {}),
         ("gather_sum", (x, index, term_weight.requires_grad_(), offsets), {}),
         ("row_dot", (x, x.detach().requires_grad_(), index, index.flip(0)), {}),
+        ("normalise_apart", (activations, torch.rand(3), torch.rand(3), 4, 0.1, 1e-5), channel),
+        ("normalise_apart", (activations, None, None, 4, 0.1, 1e-5), dict.fromkeys(channel)),
+        ("normalise_apart_backward", (activations, activations, torch.rand(3), statistics, statistics, 4), {}),
         ("ce_entropy", (z, labels), {}),
         ("ce_entropy", (zb, labels, partner_labels, lam), {}),
         ("ce_entropy", (z, y, None, None, torch.rand(5), 0.1, -100, False), {}),
