@@ -225,7 +225,7 @@ def is_transformed(value: Tensor) -> bool:
     """
     if transforms_active() or forward_ad._current_level >= 0:  # public functions tell of one tensor's tangent only
         return True
-    if torch.compiler.is_compiling():  # no such tensor gets into a graph
+    if torch.compiler.is_dynamo_compiling():  # no such tensor gets into a graph
         return False
     return _is_wrapped(value)
 
