@@ -57,8 +57,6 @@ def losses(target):
 
 
 NAMES = tuple(losses(mk.MixedTarget(torch.zeros(1, dtype=torch.int64), None, None, 0, 0, 0.0)))
-# linear_mixupe_loss is differentiable once outside of torch.func.
-TWICE = [name for name in NAMES if not name.startswith("linear,") and name != "linear"]
 
 
 def by_autograd(loss, logits):
@@ -74,7 +72,7 @@ def test_grad_is_that_of_autograd(backend, name, logits, target):
     torch.testing.assert_close(loss(logits), loss(logits.requires_grad_()))  # nothing of the transform is left behind
 
 
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", NAMES)
 def test_hessian_is_that_of_autograd(backend, name, logits, target):
     loss = losses(target)[name]
     expected = torch.autograd.functional.hessian(loss, logits)

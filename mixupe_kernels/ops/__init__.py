@@ -1,7 +1,17 @@
 """``torch.ops.mixupe.*`` and the public functions over them. Importing this declares every operator."""
 
-from .arguments import LossArguments, LossStats, Mixing, RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
-from .losses import ce_entropy, ce_entropy_backward, fused_loss
+from .arguments import (
+    LossArguments,
+    LossStats,
+    Mixing,
+    Parts,
+    RowGradients,
+    RowOptions,
+    RowOutputs,
+    RowStats,
+    RowTarget,
+)
+from .losses import ce_entropy, ce_entropy_backward, fused_loss, is_one, mixupe_loss_backward_out_op
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
 from .normalising import batch_norm_apart
 from .registration import call, in_backward, is_transformed, operators
@@ -10,6 +20,7 @@ __all__ = [
     "LossArguments",
     "LossStats",
     "Mixing",
+    "Parts",
     "RowGradients",
     "RowOptions",
     "RowOutputs",
@@ -22,10 +33,12 @@ __all__ = [
     "fused_loss",
     "gather_sum_op",
     "in_backward",
+    "is_one",
     "is_transformed",
     "mix",
     "mix_op",
     "mix_out_op",
     "mixed_target_op",
+    "mixupe_loss_backward_out_op",
     "operators",
 ]

@@ -298,10 +298,10 @@ class _LossWithGradient(torch.autograd.Function):
                 stats = LossStats(*stats)
                 return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward()), None, None
             _, _, gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)  # the bits of the first
-        return gradient if _is_one(grad) else gradient * grad, None, None
+        return gradient if is_one(grad) else gradient * grad, None, None
 
 
-def _is_one(grad: Tensor) -> bool:
+def is_one(grad: Tensor) -> bool:
     """Whether a loss's upstream gradient is 1, as ``loss.backward()`` makes it; False where it cannot be told.
 
     A tensor of a tracer has no value, one that is mapped has many, and one on a device would have to be waited for.
