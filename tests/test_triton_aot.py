@@ -52,10 +52,11 @@ def wide_accesses(case, kernel):
     size = dtype.itemsize
     if case.operator in ("mix", "mix_backward"):
         out_size = 2 if dtype == torch.uint8 else size
+        family = "sum" if case.operator == "mix_backward" else "mix_narrow" if size <= 2 else "mix"
         streams = {"mix_rows": (2, 1), "mix_pairs": (2, 2), "gather_rows": (1, 1), "dot_rows": (2, 0)}.get(kernel)
         if streams is None or case.kind == "to_channels_last":  # which gathers bytes
             return 0, 0
-        tile = launch.tile_for("mix", dtype, length)
+        tile = launch.tile_for(family, dtype, length)
         return tuple(
             count * tile.block * bytes_each // (tile.warps * 32 * 16)
             for count, bytes_each in zip(streams, (size, out_size), strict=True)
@@ -148,18 +149,19 @@ def kernels_of_a_run(batches, calls):
 MULTI_SCALE = [(224, 64), (192, 64), (160, 64), (224, 37), (192, 33)]
 
 
-@pytest.mark.parametrize("kind", ["random", "flip", "pixels", "clean rows"])
+@pytest.mark.parametrize("kind", ["random", "flip", "pixels", "cut", "cut_flip", "clean rows"])
 def test_a_run_over_several_scales_compiles_two_kernels_of_a_family_at_most(kind):
     def batch(pixels, rows):
         x = torch.empty(rows, 3, pixels, pixels, dtype=torch.uint8 if kind == "pixels" else torch.bfloat16)
         index, lam, three = torch.empty(rows, dtype=torch.int64), torch.empty(()), torch.empty(3)
-        partner = None if kind == "flip" else index
-        normalise = (three, three, torch.bfloat16) if kind == "pixels" else (None, None, None)
+        partner = None if "flip" in kind else index
+        box = torch.empty(4, dtype=torch.int64) if "cut" in kind else None
+        normalise = (three, three, torch.bfloat16, None) if kind == "pixels" else (None, None, None, None)
         total, chosen = rows, None
         if kind == "clean rows":
             total, chosen = rows + rows // 4, torch.empty(rows + rows // 4, dtype=torch.int64)
             _, partner, *_ = KERNELS["mixed_target"](index, partner, lam, chosen, rows)
-        KERNELS["mix"](x, partner, lam, chosen, *normalise)
+        KERNELS["mix"](x, partner, lam, chosen, *normalise, box)
         logits, labels, weight = (
             torch.empty(total, 1000, dtype=torch.bfloat16),
             torch.empty(total, dtype=torch.int64),
@@ -170,7 +172,31 @@ def test_a_run_over_several_scales_compiles_two_kernels_of_a_family_at_most(kind
         KERNELS["mixupe_loss_backward"](lam, logits, labels, labels, weight, *saved, counts[0])
 
     found = kernels_of_a_run(MULTI_SCALE, batch)
-    assert {"row_stats", "loss_total", "row_gradient", "mix_pairs" if kind == "flip" else "mix_rows"} <= set(found)
+    assert {"row_stats", "loss_total", "row_gradient", "mix_pairs" if "flip" in kind else "mix_rows"} <= set(found)
+    assert max(found.values()) <= 2, found
+
+
+@pytest.mark.parametrize("scales", [MULTI_SCALE, [(32, 64), (28, 64), (24, 64), (32, 37)]], ids=["large", "small"])
+def test_gradients_of_mix_over_several_scales_compile_two_kernels_of_a_family_at_most(scales):
+    def batch(pixels, rows):
+        grad, index = torch.empty(rows, 3, pixels, pixels), torch.empty(2 * rows, dtype=torch.int64)
+        KERNELS["gather_sum"](grad, index, torch.empty(2 * rows), torch.empty(rows + 1, dtype=torch.int64))
+        KERNELS["row_dot"](grad, grad, index[:rows], index[:rows])
+
+    found = kernels_of_a_run(scales, batch)
+    assert {"gather_rows", "dot_rows"} <= set(found)
+    assert max(found.values()) <= 2, found
+
+
+@pytest.mark.parametrize("kind", ["pixels", "cut", "cut_flip"])
+def test_small_images_of_several_scales_compile_two_kernels_at_most(kind):
+    def batch(pixels, rows):
+        x, three = torch.empty(rows, 3, pixels, pixels, dtype=torch.uint8), torch.empty(3)
+        partner = None if kind == "cut_flip" else torch.empty(rows, dtype=torch.int64)
+        box = None if kind == "pixels" else torch.empty(4, dtype=torch.int64)
+        KERNELS["mix"](x, partner, torch.empty(()), None, three, three, torch.bfloat16, None, box)
+
+    found = kernels_of_a_run([(32, 64), (28, 64), (24, 64), (32, 37)], batch)
     assert max(found.values()) <= 2, found
 
 

@@ -198,16 +198,16 @@ def test_every_entry_of_the_launch_table(family, dtype, length, monkeypatch):
     used = []
     tile_for = launch.tile_for
     monkeypatch.setattr(launch, "tile_for", lambda *args: used.append((args, tile_for(*args))) or used[-1][1])
+    table, dtype = launch.TABLE[family][dtype], torch.bfloat16 if family == "mix_narrow" else dtype
     x, index = torch.randn(3, length, dtype=dtype), torch.tensor([1, 2, 0])
-    if family == "mix":
-        check("mix", x, index, torch.tensor(0.3, dtype=dtype))
+    if family.startswith("mix"):
+        check("mix", x, index, torch.tensor(0.3, dtype=launch.accumulate_dtype(dtype)))
     elif family == "sum":
         check("row_dot", x, x, index, index)
         check("gather_sum", x, index, torch.rand(3, dtype=dtype), torch.arange(4))
     else:
         targets = x.softmax(1) if family.endswith(("_dense", "_summed")) else index.clamp(max=length - 1)
         check_entropy(x, (targets, None, None))
-    table = launch.TABLE[family][dtype]
     expected = table[min(longest for longest in table if longest >= length)]
     assert ((family, dtype, length), expected) in used
 

@@ -44,7 +44,7 @@ ANY = 1 << 62
 # 61 -> 52 registers. 3 and 4 take as much shared memory again, each. Split rows are four programs a multiprocessor:
 # 32 KiB of bfloat16, where 4.3 TB/s at an assumed latency of 0.8 µs ask for 26 KB at all times, so 2.
 # Dense targets have three times that on their way at 1, and at 2 went from 60 registers to 79 and spilled on sm_100;
-# dot_rows has twice that and no reduction to wait for, gather_rows has no range to pipeline, "mix" and "row_gradient"
+# dot_rows has twice that and no reduction to wait for, gather_rows has no range to pipeline, mixing and "row_gradient"
 # have a program for each tile: so 1.
 # The loops name their stages themselves: at a launch alone they matter only to loops with a tl.dot.
 # https://github.com/triton-lang/triton/blob/main/lib/Dialect/TritonGPU/Transforms/Pipeliner/AssignLatencies.cpp
@@ -95,6 +95,10 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
         torch.float64: {512: Tile(1, 512, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
+    # The same for elements of one or two bytes: four 16-byte loads of each sample on their way in a thread.
+    "mix_narrow": {
+        torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 4096, 4, 1)},
+    },
     "sum": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
         torch.float64: {512: Tile(1, 512, 4, 1), ANY: Tile(1, 2048, 8, 1)},
@@ -121,6 +125,15 @@ def packs(size: int) -> tuple[int, int]:
     """(packs, elements of a pack), whose product is ``size``."""
     pack = math.gcd(size, MOST_PACKED)
     return size // pack, pack
+
+
+def reciprocal(divisor: int) -> int:
+    """What ``mix.divide`` divides by: a 32-bit factor, and above it 64 plus the shift of the product.
+
+    Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994). The 64 makes every one an int64 to Triton.
+    """
+    shift = (divisor - 1).bit_length()
+    return 64 + shift << 32 | -(-(1 << 31 + shift) // divisor)
 
 
 def halves(number: float) -> tuple[float, float]:

@@ -12,7 +12,24 @@ from torch import Tensor
 
 from ...conventions import row_format
 from ..arguments import Mixing, check_box, check_target
-from .launch import Tile, device_of, launch_tiled, packs
+from .launch import Tile, device_of, launch_tiled, packs, reciprocal
+
+# The arguments of size, which no kernel is compiled for.
+SIZES = [
+    "batch",
+    "plane",
+    "out_stride",
+    "x_stride",
+    "channel_size",
+    "area",
+    "width",
+    "by_channel",
+    "by_area",
+    "by_width",
+]
+
+# Planes shorter than this share a tile, which then works out each element's channel.
+SHORTEST_PLANE = 256
 
 
 @triton.jit
@@ -23,10 +40,23 @@ def weight_of(lam, i, LAM_STRIDE: tl.constexpr, inside, ACC: tl.constexpr):
 
 
 @triton.jit
-def blend(own, other, weight, cut):
-    """A weight of 1 or 0 copies exactly, whatever the other sample holds; ``cut`` elements have 0."""
+def load_samples(x, place, mask, ACC: tl.constexpr):
+    """A tile of a sample. What is not read is -0, whose product with a weight of 0 leaves every other summand as it is."""
+    if x.dtype.element_ty.is_floating():
+        return tl.load(x + place, mask=mask, other=-0.0).to(ACC)
+    else:
+        return tl.load(x + place, mask=mask, other=0).to(ACC)
+
+
+@triton.jit
+def blend(own, other, weight, cut, BOTH_READ: tl.constexpr):
+    """A weight of 1 or 0 copies exactly, whatever the other sample holds; ``cut`` elements have 0.
+
+    Where a sample of weight 0 may be read for the sake of others (``BOTH_READ``), its product may be a NaN, and is left out.
+    """
+    if BOTH_READ:
+        own, other = tl.where(weight == 0, -0.0, own), tl.where(weight == 1, -0.0, other)
     mixed = weight * own + (1 - weight) * other
-    mixed = tl.where(weight == 1, own, tl.where(weight == 0, other, mixed))
     if cut is None:
         return mixed
     else:
@@ -34,39 +64,47 @@ def blend(own, other, weight, cut):
 
 
 @triton.jit
-def places(
-    tile, size, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(where to write, where to read, channel) of a tile's elements within a sample, in the order of the output; and the
-    first one's channel.
+def divide(values, reciprocal):
+    """values // d of 0 ≤ values < 2^31 by the ``launch.reciprocal`` of d: a division proper takes some twenty instructions."""
+    factor, shift = reciprocal.to(tl.uint32), (reciprocal >> 32).to(tl.uint32) - 64
+    return (tl.umulhi(values.to(tl.uint32) * 2, factor) >> shift).to(tl.int32)
 
-    PIXELS, of a channel, is 0 where these are more than a tile, which then has two channels at most: no element divides.
+
+@triton.jit
+def places(
+    plane, channel_size, by_channel, CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(where to write, where to read, channel, pixel of that, valid) of a tile's elements within a sample, in the order of the output.
+
+    A tile is of one plane, program_id(2), of ``plane`` elements: a channel, or one of PER_CHANNEL images of it; PER_CHANNEL is 0
+    where the sample is one plane, whose elements' channels are worked out one by one.
     """
-    step = tile * BLOCK + tl.arange(0, BLOCK)
-    pixels = PIXELS if PIXELS else size // CHANNELS
-    first = tile * BLOCK // pixels
-    if OUT_LAST:
+    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    step = tl.program_id(2) * plane + local
+    if PER_CHANNEL:
+        channel = tl.program_id(2) // PER_CHANNEL
+        pixel = (tl.program_id(2) % PER_CHANNEL) * plane + local
+    elif OUT_LAST:
         channel, pixel = step % CHANNELS, step // CHANNELS
-    elif PIXELS:
-        channel, pixel = step // PIXELS, step % PIXELS
     else:
-        channel = first + (step >= (first + 1) * pixels).to(tl.int32)
-        pixel = step - channel * pixels
+        channel = divide(step, by_channel)
+        pixel = step - channel * channel_size
     if X_LAST == OUT_LAST:
         source = step
     elif X_LAST:
         source = pixel * CHANNELS + channel
     else:
-        source = channel * pixels + pixel
-    return step, source, channel, first
+        source = channel * channel_size + pixel
+    return step, source, channel, pixel, local < plane
 
 
 @triton.jit
-def inside_box(box, step, CHANNELS: tl.constexpr, LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of a tile's elements are inside CutMix's box."""
-    pixel = (step // CHANNELS if LAST else step) % (HEIGHT * WIDTH)
-    line, column = pixel // WIDTH, pixel % WIDTH
+def inside_box(box, pixel, area, width, by_area, by_width):
+    """Which of a tile's elements are inside CutMix's box: their ``pixel`` is counted over images, one or several."""
+    pixel = pixel - divide(pixel, by_area) * area
+    line = divide(pixel, by_width)
+    column = pixel - line * width
     inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
     return inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
 
@@ -81,89 +119,70 @@ def is_read(weight, cut):
 
 
 @triton.jit
-def of_channel(table, channel, first, mask, CHANNELS: tl.constexpr, EVERY: tl.constexpr):
-    """The table's entry for each element's channel: gathered, or where a tile has ``first`` and the next, one of two."""
-    if EVERY:
-        return tl.load(table + channel, mask=mask, other=0.0)
-    else:
-        return tl.where(channel == first, tl.load(table + first), tl.load(table + tl.minimum(first + 1, CHANNELS - 1)))
-
-
-@triton.jit
-def affine(values, scale, shift, channel, first, mask, CHANNELS: tl.constexpr, EVERY: tl.constexpr):
+def affine(values, scale, shift, channel, mask, PER_CHANNEL: tl.constexpr):
     if scale is None:
         return values
+    elif PER_CHANNEL:
+        return values * tl.load(scale + channel) + tl.load(shift + channel)
     else:
-        factor = of_channel(scale, channel, first, mask, CHANNELS, EVERY)
-        return values * factor + of_channel(shift, channel, first, mask, CHANNELS, EVERY)
+        return values * tl.load(scale + channel, mask=mask, other=0.0) + tl.load(shift + channel, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n", "batch", "size", "out_stride", "x_stride"])
+@triton.jit(do_not_specialize=["n", *SIZES])
 def mix_rows(
     out, x, partner, rows, lam, scale, shift, box,
-    n, batch, size, out_stride, x_stride,
-    SIZE_PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    n, batch, plane, out_stride, x_stride, channel_size, area, width, by_channel, by_area, by_width,
+    PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     LAM_STRIDE: tl.constexpr,
     X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n · tiles,): one tile of one sample of the output each. Sizes are in packs."""
-    size, out_stride, x_stride = size * SIZE_PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
-    i = tl.program_id(0) % n
+    """Grid (n, tiles, planes): one tile of one sample of the output each. ``plane`` and strides are in packs."""
+    plane, out_stride, x_stride = plane * PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
+    i = tl.program_id(0)
     own_row = i.to(tl.int64)
     if rows is not None:
         own_row = tl.load(rows + i)
     other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
     readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
-    step, source, channel, first_channel = places(
-        tl.program_id(0) // n, size, CHANNELS, PIXELS, X_LAST, OUT_LAST, BLOCK
+    step, source, channel, pixel, mask = places(
+        plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, X_LAST, OUT_LAST, BLOCK
     )
-    mask = step < size
     # None stays out of inside_box: Triton 3.6 compiles no function that returns it.
-    cut = None if box is None else inside_box(box, step, CHANNELS, OUT_LAST, HEIGHT, WIDTH)
+    cut = None if box is None else inside_box(box, pixel if OUT_LAST else step, area, width, by_area, by_width)
     # Read or not for a whole tile: masks that change from element to element would make loads narrow.
     own_read, other_read = readable & (weight != 0), readable & is_read(1 - weight, cut)
-    own = tl.load(x + own_row * x_stride + source, mask=mask & own_read, other=0).to(ACC)
-    other = tl.load(x + other_row * x_stride + source, mask=mask & other_read, other=0).to(ACC)
-    mixed = affine(
-        blend(own, other, weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or OUT_LAST
-    )
-    tl.store(out + i.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask)
+    own = load_samples(x, own_row * x_stride + source, mask & own_read, ACC)
+    other = load_samples(x, other_row * x_stride + source, mask & other_read, ACC)
+    mixed = affine(blend(own, other, weight, cut, box is not None), scale, shift, channel, mask, PER_CHANNEL)
+    tl.store(out + (i.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "size", "out_stride", "x_stride"])
+@triton.jit(do_not_specialize=SIZES)
 def mix_pairs(
     out, x, lam, scale, shift, box,
-    batch, size, out_stride, x_stride,
-    SIZE_PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    batch, plane, out_stride, x_stride, channel_size, area, width, by_channel, by_area, by_width,
+    PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     LAM_STRIDE: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈batch / 2⌉ · tiles,): one tile of the samples i and batch - 1 - i, read before either is written."""
-    size, out_stride, x_stride = size * SIZE_PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
-    pairs = (batch + 1) // 2
-    i = tl.program_id(0) % pairs
+    """Grid (⌈batch / 2⌉, tiles, planes): one tile of the samples i and batch - 1 - i, read before either is written."""
+    plane, out_stride, x_stride = plane * PACK, out_stride.to(tl.int64) * OUT_PACK, x_stride.to(tl.int64) * X_PACK
+    i = tl.program_id(0)
     j = batch - 1 - i
     inside = i < batch
     first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
-    step, _, channel, first_channel = places(tl.program_id(0) // pairs, size, CHANNELS, PIXELS, LAST, LAST, BLOCK)
-    mask = step < size
-    cut = None if box is None else inside_box(box, step, CHANNELS, LAST, HEIGHT, WIDTH)
+    step, _, channel, pixel, mask = places(plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, LAST, LAST, BLOCK)
+    cut = None if box is None else inside_box(box, pixel if LAST else step, area, width, by_area, by_width)
     first_read = inside & ((first_weight != 0) | is_read(1 - second_weight, cut))
     second_read = inside & ((second_weight != 0) | is_read(1 - first_weight, cut))
-    first = tl.load(x + i.to(tl.int64) * x_stride + step, mask=mask & first_read, other=0).to(ACC)
-    second = tl.load(x + j.to(tl.int64) * x_stride + step, mask=mask & second_read, other=0).to(ACC)
-    mixed = affine(
-        blend(first, second, first_weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or LAST
-    )
-    tl.store(out + i.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask)
-    mixed = affine(
-        blend(second, first, second_weight, cut), scale, shift, channel, first_channel, mask, CHANNELS, PIXELS or LAST
-    )
-    tl.store(out + j.to(tl.int64) * out_stride + step, mixed.to(out.dtype.element_ty), mask=mask & (j != i))
+    first = load_samples(x, i.to(tl.int64) * x_stride + step, mask & first_read, ACC)
+    second = load_samples(x, j.to(tl.int64) * x_stride + step, mask & second_read, ACC)
+    mixed = affine(blend(first, second, first_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
+    tl.store(out + (i.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask)
+    mixed = affine(blend(second, first, second_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
+    tl.store(out + (j.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask & (j != i))
 
 
 def is_channels_last(memory_format: torch.memory_format) -> bool:
@@ -199,15 +218,21 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     partner, lam, rows, scale, shift = mixing
     n, size = out.shape[0], out[0].numel()
     x_last, out_last = is_channels_last(row_format(x)), is_channels_last(row_format(out))
-    channels = out.shape[1] if scale is not None or x_last or out_last else 1
-    (sizes, size_pack), (out_strides, out_pack), (x_strides, x_pack) = map(packs, (size, out.stride(0), x.stride(0)))
-    shape = {
-        "SIZE_PACK": size_pack,
+    # Planes are channels, or the images of a channel: (T, H, W).
+    channel = size // out.shape[1] if scale is not None or x_last or out_last else size
+    area, width = (1, 1) if box is None else (out.shape[-2] * out.shape[-1], out.shape[-1])
+    plane = channel if box is None else min(area, channel) if scale is not None or x_last else area
+    whole = out_last or plane < SHORTEST_PLANE or (box is not None and plane != area)
+    if whole:
+        plane = size
+    (planes, pack), (out_strides, out_pack), (x_strides, x_pack) = map(packs, (plane, out.stride(0), x.stride(0)))
+    sizes = (planes, out_strides, x_strides, channel, area, width, *map(reciprocal, (channel, area, width)))
+    constants = {
+        "PACK": pack,
         "OUT_PACK": out_pack,
         "X_PACK": x_pack,
-        "CHANNELS": channels,
-        "HEIGHT": 1 if box is None else out.shape[-2],
-        "WIDTH": 1 if box is None else out.shape[-1],
+        "CHANNELS": out.shape[1] if x_last or out_last else 1,
+        "PER_CHANNEL": 0 if whole else max(channel // plane, 1),
         "LAM_STRIDE": lam.stride(0) if lam.dim() and lam.shape[0] > 1 else 0,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
@@ -215,20 +240,18 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     partner, rows, box = (None if index is None else index.contiguous() for index in (partner, rows, box))
 
     def run(tile: Tile) -> None:
-        tiles, pixels = triton.cdiv(size, tile.block), size // channels
-        constants = {**shape, "PIXELS": pixels if pixels < tile.block else 0, "BLOCK": tile.block, **tile.launch}
+        grid = ((n + 1) // 2 if pairs else n, triton.cdiv(plane, tile.block), size // plane)
+        block = {**constants, "BLOCK": tile.block, **tile.launch}
         if pairs:
-            mix_pairs[((n + 1) // 2 * tiles,)](
-                out, x, lam, scale, shift, box, n, sizes, out_strides, x_strides, **constants, LAST=x_last
-            )
+            mix_pairs[grid](out, x, lam, scale, shift, box, n, *sizes, **block, LAST=x_last)
         else:
-            mix_rows[(n * tiles,)](
-                out, x, partner, rows, lam, scale, shift, box, n, x.shape[0], sizes, out_strides, x_strides,
-                **constants, X_LAST=x_last, OUT_LAST=out_last,
+            mix_rows[grid](
+                out, x, partner, rows, lam, scale, shift, box, n, x.shape[0], *sizes,
+                **block, X_LAST=x_last, OUT_LAST=out_last,
             )  # fmt: skip
 
     in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    launch_tiled("mix", x, size, run, repeatable=not in_place)
+    launch_tiled("mix_narrow" if x.element_size() <= 2 else "mix", x, plane, run, repeatable=not in_place)
 
 
 def mix(
