@@ -19,6 +19,7 @@ from .loss.accuracy import MixedAccuracy, mixed_accuracy
 from .loss.criterion import MixupELoss, mixupe_loss
 from .loss.exact import exact_q, input_mean
 from .loss.linear import linear_mixupe_loss
+from .loss.ranks import ClassShards, StepRows
 from .loss.terms import bce_entropy, ce_entropy, q_hat
 from .ops import mix
 from .ops.backends import available_backends, use_backend
@@ -29,6 +30,7 @@ batch_mean = input_mean  # the name until 0.1
 __version__ = "0.2.0"
 
 __all__ = [
+    "ClassShards",
     "LinearRamp",
     "ManifoldMixup",
     "MixedTarget",
@@ -36,6 +38,7 @@ __all__ = [
     "MixupE",
     "MixupELoss",
     "MixedAccuracy",
+    "StepRows",
     "available_backends",
     "batch_mean",
     "bce_entropy",

@@ -150,6 +150,12 @@ def table():
                 "bias": {**optional(FLOATS), **shapes}, "chunk_rows": optional(COUNT), **LOSS_OPTIONS},
                {"weight": "weight|hidden", "hidden": "weight|hidden"})  # fmt: skip
     yield from tables_of_targets("linear_mixupe_loss", mk.linear_mixupe_loss, good)
+    group = {"str": lambda v: "world", "int": lambda v: 0}
+    yield Call("ClassShards", mk.ClassShards, lambda: {"num_classes": C, "process_group": None, "first": 0},
+               {"num_classes": COUNT, "process_group": group, "first": {"negative": lambda v: -1, "str": lambda v: "0"}})  # fmt: skip
+    yield Call("StepRows", mk.StepRows, lambda: {"targets": [mixed_target()], "process_group": None},
+               {"targets": {"none": lambda v: [], "tensors": lambda v: [labels()], **without(NO_TENSOR, "list", "numpy")},
+                "process_group": group})  # fmt: skip
     yield Call("exact_q", mk.exact_q,
                lambda: {"model": model(), "x": rand(N, 5), "labels": labels(), "x_mean": torch.zeros(5),
                         "detach_residual": False},

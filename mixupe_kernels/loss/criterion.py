@@ -5,25 +5,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks, debug, ops
 from ..conventions import accumulate_dtype, rewritten, scalar
+from ..ops import LossArguments
+from ..ops.ranks import Ranks
 from ..target import Parsed, as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
-from .options import Options
-
-
-class LossParts(NamedTuple):
-    """What a loss was made of, as detached 0-d tensors on the device: reading one synchronises, keeping them does not."""
-
-    mix_loss: Tensor
-    clean_loss: Tensor
-    reg: Tensor
-    eta_hat: Tensor
+from .options import LossParts, Options
+from .ranks import ClassShards, Over, StepRows
 
 
 def _check_inplace(logits: Tensor, transformed: bool) -> None:
@@ -39,7 +33,13 @@ def _check_inplace(logits: Tensor, transformed: bool) -> None:
 
 
 def _loss(
-    logits: Tensor, target: Tensor | tuple, parsed: Parsed, eta: Tensor, options: Options, q: Tensor | None = None
+    logits: Tensor,
+    target: Tensor | tuple,
+    parsed: Parsed,
+    eta: Tensor,
+    options: Options,
+    q: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, parts), by one fused operator, or by the composition where more than the logits is differentiated.
 
@@ -51,6 +51,8 @@ def _loss(
     if options.inplace_backward:
         _check_inplace(logits, parsed.transformed)
     arguments = parsed.arguments(eta, options)
+    if ranks is not None:
+        return _loss_over_ranks(target, parsed, arguments, options, q, ranks)
     try:
         composed = parsed.transformed or q is not None or options.function is not None or is_composed(parsed.target)
         if debug.ON:
@@ -62,6 +64,22 @@ def _loss(
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None
     return loss, None if parsed.transformed or torch.compiler.is_exporting() else parts
+
+
+def _loss_over_ranks(
+    target: Tensor | tuple, parsed: Parsed, arguments: LossArguments, options: Options, q: Tensor | None, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The composed loss of rows, or of classes, that other ranks have, too."""
+    if options.inplace_backward:
+        raise ValueError("inplace_backward must be False where other ranks have rows or classes, too, got True")
+    if isinstance(ranks.merge, StepRows):
+        arguments = ranks.merge.share_of(arguments)
+    if debug.ON:
+        debug.ran("loss", "composed, over ranks")
+    try:
+        return composed_loss(parsed.rows, parsed.target, arguments, options.function, q, ranks)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise renamed(error, target) from None
 
 
 def mixupe_loss(
@@ -77,6 +95,9 @@ def mixupe_loss(
     activation: str = "softmax",
     inplace_backward: bool = False,
     class_dim: int = -1,
+    process_group: Any = None,
+    class_shards: ClassShards | None = None,
+    step: StepRows | None = None,
 ) -> Tensor:
     r"""The loss of MixupE: L = η̂ (L_mix + γ L_clean + η R), R = w · mean penalty(q̂), as one fused forward and backward.
 
@@ -110,6 +131,14 @@ def mixupe_loss(
             leaves the logits alone.
         class_dim: the classes' dimension, of logits and soft targets: 1 for images of logits (N, C, H, W) with (N, H, W)
             labels, as in :func:`torch.nn.functional.cross_entropy`. Logits with another than the last are copied.
+        process_group: a :class:`torch.distributed.ProcessGroup` whose ranks have other rows: means and η̂ are those of all
+            rows, by one all-reduce of six numbers, and so is the loss, on every rank. The gradient is that of the loss times
+            the number of ranks, since DistributedDataParallel and FSDP take the mean of the ranks' gradients. Every rank of
+            the group must call it, one without rows, too.
+        class_shards: :class:`ClassShards`, where each rank has the logits (N, own) of its classes alone. Class indices are of
+            all classes; soft labels are (N, own), or (N, C), which are cut. One all-gather of four floats a row; the backward
+            asks no other rank. A DTensor of placement ``Shard(-1)`` says it itself. Targets are constants then.
+        step: :class:`StepRows`, where a step has several micro-batches.
 
     Returns:
         0-d loss, float32 (float64 for float64 logits), differentiable any number of times, in reverse and forward mode and
@@ -121,8 +150,12 @@ def mixupe_loss(
     options = Options.check(
         clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
     )
+    ranks = None
+    if process_group is not None or class_shards is not None or step is not None or type(logits) is not Tensor:
+        over = Over(process_group, class_shards, step).check()
+        logits, target, ranks = over.ranks(logits, target, class_dim)
     parsed = parse(logits, target, class_dim)
-    return _loss(logits, target, parsed, as_scalar("eta", eta, logits), options)[0]
+    return _loss(logits, target, parsed, as_scalar("eta", eta, logits), options, None, ranks)[0]
 
 
 class MixupELoss(nn.Module):
@@ -144,13 +177,13 @@ class MixupELoss(nn.Module):
     Args:
         eta: η >= 0, the regularizer's strength; the paper uses 1e-4 to 0.1, mostly 1e-3. May be set at any time,
             also between a loss and its backward, which is of the η that was.
-        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim: as for
-            :func:`mixupe_loss`.
+        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim, process_group,
+            class_shards: as for :func:`mixupe_loss`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
 
-    Calling it with logits and a target returns the 0-d loss. A third argument ``q`` (n,) takes the place of q̂:
+    Calling it with logits and a target returns the 0-d loss. ``step=`` is as for :func:`mixupe_loss`. A third argument ``q`` (n,) takes the place of q̂:
     :func:`exact_q` of the clean rows, which then need not be in the batch (``MixupE(regularize="mixed")`` adds none).
     After a call ``last`` holds its ``mix_loss``, ``clean_loss``, ``reg`` and ``eta_hat`` as detached 0-d tensors on the
     device.
@@ -168,6 +201,8 @@ class MixupELoss(nn.Module):
         activation: str = "softmax",
         inplace_backward: bool = False,
         class_dim: int = -1,
+        process_group: Any = None,
+        class_shards: ClassShards | None = None,
     ):
         super().__init__()
         self._eta: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -176,6 +211,8 @@ class MixupELoss(nn.Module):
         self.options = Options.check(
             clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim
         )
+        over = Over(process_group, class_shards).check()
+        self._over = None if over == Over() else over
         self._last: list[Tensor | None] = [None]  # no attribute of its own: nn.Module takes 2 µs to set one to a tensor
 
     @property
@@ -206,14 +243,20 @@ class MixupELoss(nn.Module):
         parts = self._last[0]
         return None if parts is None else LossParts(*parts[:4].unbind())
 
-    def forward(self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, target: Tensor | tuple, q: Tensor | None = None, *, step: StepRows | None = None
+    ) -> Tensor:
+        ranks = None
+        if self._over is not None or step is not None or type(logits) is not Tensor:
+            over = (self._over or Over())._replace(step=step).check()
+            logits, target, ranks = over.ranks(logits, target, self.options.class_dim)
         parsed = parse(logits, target, self.options.class_dim)
         key = logits.device, logits.dtype
         eta = self._eta.get(key)
         if eta is None:
             make = functools.partial(self._make_eta, *key)
             eta = rewritten(self._eta, key, logits.device, make, "a MixupELoss")
-        loss, self._last[0] = _loss(logits, target, parsed, eta, self.options, q)
+        loss, self._last[0] = _loss(logits, target, parsed, eta, self.options, q, ranks)
         return loss
 
     def _make_eta(self, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from .. import checks, debug, ops
 from ..conventions import PENALTIES, accumulate_dtype
 from ..ops import LossArguments, LossStats, Parts, RowOutputs, RowTarget, reference
 from ..target import as_scalar, check_multilabel, is_composed, parse, renamed
+from . import linear_ranks
 from .composed import composed_loss
 from .options import Options
+from .ranks import ClassShards, Over, StepRows, is_dtensor
 
 # Logits of one chunk by default: 2^24 elements are 64 MiB of float32, large enough for the matrix product to run at full
 # speed, small beside any model.
@@ -208,6 +211,9 @@ def linear_mixupe_loss(
     label_smoothing: float = 0.0,
     activation: str = "softmax",
     chunk_rows: int | None = None,
+    process_group: Any = None,
+    class_shards: ClassShards | None = None,
+    step: StepRows | None = None,
 ) -> Tensor:
     """``mixupe_loss(hidden @ weight.T + bias, target, ...)`` without the (N, C) logits in memory.
 
@@ -225,6 +231,10 @@ def linear_mixupe_loss(
         eta, clean_weight, penalty, rescale, threshold, label_smoothing, activation: as for :func:`mixupe_loss`; penalties
             by name only.
         chunk_rows: rows of logits at a time, >= 1; as many as make 2^24 elements if None.
+        process_group, step: as for :func:`mixupe_loss`.
+        class_shards: as for :func:`mixupe_loss`, where each rank has the (own, D) rows of ``weight`` and (own,) of ``bias`` of its
+            classes; DTensors of placement ``Shard(0)`` say it themselves. Every rank has the same ``hidden``, whose gradient
+            is the whole one: the ranks' shares are summed by one all-reduce in the backward.
 
     Returns:
         0-d loss, differentiable any number of times in ``hidden``, ``weight``, ``bias``, soft targets and λ.
@@ -232,6 +242,10 @@ def linear_mixupe_loss(
     Raises:
         TypeError, ValueError: as :func:`mixupe_loss`, and for shapes that do not match.
     """
+    ranks = None
+    if process_group is not None or class_shards is not None or step is not None or is_dtensor(weight):
+        over = Over(process_group, class_shards, step).check()
+        hidden, weight, bias, target, ranks = linear_ranks.localized_linear(hidden, weight, bias, target, over)
     checks.tensor("hidden", hidden)
     checks.tensor("weight", weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -259,6 +273,8 @@ def linear_mixupe_loss(
     if options.sigmoid:
         check_multilabel(parsed.target)
     arguments = parsed.arguments(as_scalar("eta", eta, like), options)
+    if ranks is not None:
+        return linear_ranks.loss(hidden, weight, bias, target, parsed, arguments, like.dtype, chunk_rows, ranks)
     try:
         composed = ops.is_transformed(hidden) or is_composed(parsed.target)
         if debug.ON:

@@ -11,6 +11,15 @@ from ..conventions import PENALTIES
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
+class LossParts(NamedTuple):
+    """What a loss was made of, as detached 0-d tensors on the device: reading one synchronises, keeping them does not."""
+
+    mix_loss: Tensor
+    clean_loss: Tensor
+    reg: Tensor
+    eta_hat: Tensor
+
+
 class Options(NamedTuple):
     """Checked options of the loss.
 

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from .. import checks, ops
 from ..conventions import accumulate_dtype
-from ..ops import RowOptions, reference
+from ..ops import RowOptions, ranks, reference
+from ..ops.ranks import ClassShard
 from ..target import check_multilabel, parse, renamed
 from .options import ACTIVATIONS
+from .ranks import ClassShards, Over, localized
 
 
 class CEEntropy(NamedTuple):
@@ -27,6 +29,7 @@ def ce_entropy(
     ignore_index: int = -100,
     class_weight: Tensor | None = None,
     class_dim: int = -1,
+    class_shards: ClassShards | None = None,
 ) -> CEEntropy:
     """Cross-entropy, entropy of the softmax and log-sum-exp of each row, in one pass over the logits.
 
@@ -46,6 +49,8 @@ def ce_entropy(
             constant.
         class_dim: the classes' dimension, of logits and soft targets: 1 for (B, C, H, W) logits with (B, H, W) labels.
             Logits with another than the last are copied.
+        class_shards: as for :func:`mixupe_loss`; ``class_weight`` is of all classes, or of the own. The gradient in the
+            logits is that of one loss, the same on every rank; there is no second derivative.
 
     Returns:
         ``(ce, entropy, lse)``, each of shape (...) in nats, float32 (float64 for float64 logits).
@@ -56,6 +61,8 @@ def ce_entropy(
             device, without synchronising.
     """
     checks.tensor("logits", logits)
+    class_dim = checks.integer("class_dim", class_dim)
+    logits, target, shard = localized(logits, target, Over(class_shards=class_shards).check().class_shards, class_dim)
     if class_weight is not None:
         checks.tensor("class_weight", class_weight)
         checks.dtype("class_weight", class_weight, checks.LOGITS_DTYPES)
@@ -63,13 +70,21 @@ def ce_entropy(
         if class_weight.requires_grad:
             raise ValueError("class_weight must not require a gradient: ce is not differentiable in it")
         class_weight = class_weight.to(accumulate_dtype(logits.dtype))
+        if shard is not None and class_weight.shape == (shard.classes,):
+            class_weight = class_weight[shard.first : shard.first + shard.own]
     smoothing = checks.fraction("label_smoothing", label_smoothing)
     options = RowOptions(class_weight, smoothing, checks.integer("ignore_index", ignore_index))
-    _, outputs, shape = _of_rows(logits, target, options, checks.integer("class_dim", class_dim))
+    _, outputs, shape = _of_rows(logits, target, options, class_dim, shard)
     return CEEntropy(*(output.view(shape) for output in outputs))
 
 
-def _of_rows(logits: Tensor, target: Tensor | tuple, options: RowOptions, class_dim: int = -1) -> tuple:
+def _of_rows(
+    logits: Tensor,
+    target: Tensor | tuple,
+    options: RowOptions,
+    class_dim: int = -1,
+    shard: ClassShard | None = None,
+) -> tuple:
     """(target as the operators take it; CE, H and lse of the flattened rows; their shape)."""
     parsed = parse(logits, target, class_dim)
     if options.sigmoid:
@@ -77,6 +92,9 @@ def _of_rows(logits: Tensor, target: Tensor | tuple, options: RowOptions, class_
     shape = list(logits.shape)
     shape.pop(class_dim)
     try:
+        if shard is not None:
+            outputs, row_target = ranks.ce_entropy(parsed.rows, parsed.target, options, shard)
+            return row_target, outputs, shape
         return parsed.target, ops.ce_entropy(parsed.rows, parsed.target, options), shape
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None

@@ -260,19 +260,25 @@ def q_hat(rows: RowOutputs, target: RowTarget, label_smoothing: float, sigmoid: 
 
 
 def loss_of_rows(
-    ce: Tensor, kept: Tensor, value: Tensor, counted: Tensor, arguments: LossArguments
+    ce: Tensor, kept: Tensor, value: Tensor, counted: Tensor, arguments: LossArguments, merge: Callable | None = None
 ) -> tuple[Tensor, Tensor]:
     """(loss, parts) from each row's CE and kept share, (N,), and from the penalty and whether it counts, of any rows.
 
-    ``parts`` are ``Parts`` as one tensor, constants to autograd.
+    ``parts`` are ``Parts`` as one tensor, constants to autograd. ``merge`` makes, of the six sums over these rows, those that
+    the means are of: over the rows of all ranks.
     """
-    eta, gamma, split = arguments.eta, arguments.clean_weight, arguments.num_mixed
-    rows_of = kept[:split].sum(), kept[split:].sum(), counted.sum().to(ce.dtype)
+    split, weight = arguments.num_mixed, arguments.reg_weight
+    rows = kept[:split].sum(), kept[split:].sum(), counted.sum().to(ce.dtype)
+    sums = ce[:split].sum(), ce[split:].sum(), weight * zero_where(~counted, value).sum(), *rows
+    return loss_of_sums(sums if merge is None else merge(sums), arguments)
+
+
+def loss_of_sums(sums: tuple[Tensor, ...], arguments: LossArguments) -> tuple[Tensor, Tensor]:
+    """The same from sums, 0-d each: CE of mixed and of clean rows, w times the penalties, and how many rows each is over."""
+    eta, gamma, (mixed, clean, penalties, *rows_of) = arguments.eta, arguments.clean_weight, sums
     # 1 / 0 would make the gradient NaN even where it is not chosen.
     per_mix, per_clean, per_reg = (torch.where(rows > 0, 1 / torch.where(rows > 0, rows, 1.0), 0.0) for rows in rows_of)
-    per_reg = arguments.reg_weight * per_reg
-    mix_loss, clean_loss = ce[:split].sum() * per_mix, ce[split:].sum() * per_clean
-    reg = zero_where(~counted, value).sum() * per_reg
+    mix_loss, clean_loss, reg = mixed * per_mix, clean * per_clean, penalties * per_reg
     # Not 0·L_clean: where γ is 0, clean rows have no part in the loss even if their CE is infinite.
     cross_entropy = mix_loss + gamma * clean_loss if gamma else mix_loss
     total = cross_entropy + eta * reg
@@ -280,7 +286,7 @@ def loss_of_rows(
     if arguments.rescale:
         eta_hat = torch.where(total == 0, eta_hat, cross_entropy.abs() / total.abs()).detach()
     of_clean = eta_hat * gamma * per_clean if gamma else torch.zeros_like(eta_hat)
-    factors = eta_hat * per_mix, of_clean, eta_hat * eta * per_reg
+    factors = eta_hat * per_mix, of_clean, eta_hat * eta * (arguments.reg_weight * per_reg)
     parts = Parts(mix_loss, clean_loss, reg, eta_hat, *factors)
     return eta_hat * total, torch.stack(parts).detach()
 
@@ -292,13 +298,15 @@ def regularized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -
     return q[first:], kept_labels(target, rows.ce)[first:] == 1
 
 
-def penalized(rows: RowOutputs, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
+def penalized(
+    rows: RowOutputs, target: RowTarget, arguments: LossArguments, merge: Callable | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, parts, signed entropy) of rows whose CE, H and lse are known."""
     q, counted = regularized(rows, target, arguments)
     penalty = penalty_of(arguments.penalty)
     value = penalty.value(q, arguments.threshold)
     slope = torch.where(q.isnan(), q, penalty.slope(q, arguments.threshold))
-    loss, parts = loss_of_rows(rows.ce, kept_labels(target, rows.ce), value, counted, arguments)
+    loss, parts = loss_of_rows(rows.ce, kept_labels(target, rows.ce), value, counted, arguments, merge)
     elsewhere = q.new_zeros(rows.ce.shape[0] - q.shape[0])
     return loss, parts, sign_entropy(rows.entropy, torch.cat([elsewhere, zero_where(~counted, slope)]))
 
