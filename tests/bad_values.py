@@ -218,6 +218,8 @@ MIXER = {
     "warmup_epochs": NON_NEGATIVE,
     "off_epoch": optional(NON_NEGATIVE),
     "generator": GENERATOR,
+    "seed": {"str": lambda v: "0", "float": lambda v: 0.5},
+    "same_draws": {**FLAG, "without a seed": lambda v: True},
 }
 MIXER_DEFAULTS = {
     "alpha": 1.0,
@@ -240,6 +242,8 @@ MIXER_DEFAULTS = {
     "warmup_epochs": 0,
     "off_epoch": None,
     "generator": None,
+    "seed": None,
+    "same_draws": False,
 }
 MIXER_SAYS = {"beta": "beta", "num_samples": "num_samples|num_classes"}
 BATCH = {

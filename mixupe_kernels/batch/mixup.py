@@ -18,6 +18,7 @@ from ..target import MixedTarget, check_labels
 from . import inputs, sampling
 from . import state as saved_state
 from .plan import CleanRows, Draw, Plan, one, plain_draw
+from .ranks import exchanged
 from .schedule import LinearRamp
 
 
@@ -57,7 +58,10 @@ class Mixup:
         per_sample: draw one λ for each sample instead of one for the batch.
         pairing: whom a sample is mixed with: ``"random"`` permutation, ``"flip"`` (B - 1 - i, as timm), ``"roll"``
             (i - 1, as torchvision), ``"derangement"`` (random, never itself), ``"same_class"``, ``"different_class"``,
-            or a function such as :class:`mixupe_kernels.pairing.Neighbors`.
+            or a function such as :class:`mixupe_kernels.pairing.Neighbors`. ``"across_ranks"``: a random permutation of the
+            samples of all ranks of the default process group, which exchange them in one all-to-all; for small batches. Every
+            rank calls then, with as many samples, in the main process, outside of compiled code; ``seed`` must be given. The
+            batch is copied once.
         prob: probability that a batch (a sample, with ``per_sample``) is mixed at all, in [0, 1].
         lam_distribution: where λ comes from instead of Beta(alpha, beta): one of :mod:`mixupe_kernels.sampling`, or a
             function (see :class:`mixupe_kernels.sampling.Custom`).
@@ -85,6 +89,9 @@ class Mixup:
         off_epoch: plain samples from this epoch on; never if None.
         generator: source of randomness, on the batch's device; torch's default for the device if None. A CUDA graph
             that is to draw from it has to be told, before it is captured: ``graph.register_generator_state(generator)``.
+        seed: an int, in place of ``generator``: each rank draws from a stream of its own, which begins with this number, the
+            rank and the epoch (:meth:`set_epoch`). Make the mixer after the process group, if torchrun did not start it.
+        same_draws: let all ranks draw the same from ``seed``, for models whose ranks see the same batch.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value, or two that exclude each other.
@@ -136,6 +143,8 @@ class Mixup:
     warmup_epochs: float = 0
     off_epoch: float | None = None
     generator: torch.Generator | None = None
+    seed: int | None = None
+    same_draws: bool = False
 
     def __post_init__(self) -> None:
         checks.boolean("inplace", self.inplace)
@@ -170,7 +179,7 @@ class Mixup:
         return {name: value for name, value in vars(self).items() if name != "generator"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, generator=state["plan"].generator)
+        vars(self).update(state, generator=None if state["plan"].seeds else state["plan"].generator)
 
     def __repr__(self) -> str:
         shown = []
@@ -222,7 +231,9 @@ class Mixup:
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the number of batches drawn, ``enabled``, and the state of the generator.
 
-        Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``).
+        Without a generator of its own it draws from torch's, whose state the run has to keep (``torch.get_rng_state``). With
+        ``seed``, a rank that loads its own state draws the same batches; a state of another rank, or of another number of
+        ranks, goes on with the epoch and the count, and with fresh draws.
         """
         return saved_state.state_dict(self.plan)
 
@@ -230,8 +241,8 @@ class Mixup:
         """Continue from where ``state_dict`` was taken: the same batches are drawn.
 
         Raises:
-            TypeError, ValueError: if entries are missing or of another kind, or only one of the two has a generator of its
-                own. Nothing is changed then.
+            TypeError, ValueError: if entries are missing or of another kind, only one of the two has a generator of its own,
+                or a ``generator`` is loaded on another number of ranks. Nothing is changed then.
         """
         saved_state.load_state_dict(self.plan, state)
         object.__setattr__(self, "lam_distribution", self.plan.law)
@@ -306,6 +317,8 @@ class Mixup:
         size = None if self.cutmix_alpha is None else inputs.image_size([x])
         unsure = self.plan.careful or out is not None
         with self._restored_on_error(out, x.device) if unsure else nullcontext():
+            if self.plan.across:
+                (x,), draw = exchanged(self.plan, draw, [x], labels)
             drawn = draw(labels, ids=ids, image_size=size)
             return write(drawn, x, arguments, out), drawn.target
 
@@ -330,13 +343,18 @@ class Mixup:
         if ids is not None:
             checks.ids(ids, labels)
         buffers = inputs.buffers(out, entries)
-        prepared = {}
+        prepared: dict[Hashable, tuple] = {}
         for key, value in entries.items():
             checks.same_device(f"x[{key!r}]", value, "labels", labels)
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
             prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
         size = None if self.cutmix_alpha is None else inputs.image_size(entries.values())
         with self._restored_on_error(out, labels.device):
+            if self.plan.across:
+                values, draw = exchanged(self.plan, draw, [value for value, *_ in prepared.values()], labels)
+                prepared = {
+                    key: (value, *rest) for (key, (_, *rest)), value in zip(prepared.items(), values, strict=True)
+                }
             drawn = draw(labels, ids=ids, image_size=size)
             changes: dict = {key: write(drawn, *arguments) for key, arguments in prepared.items()}
         if drawn.rows is not None:

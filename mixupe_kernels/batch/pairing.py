@@ -128,6 +128,11 @@ PAIRINGS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def across_ranks(size, generator, device, labels=None, ids=None) -> Tensor:
+    """The rows that other ranks sent, which follow the own: partner(i) = size + i. For mixers, which exchange them."""
+    return sequence(2 * size, device)[size:]
+
+
 def check(partner: Any, size: int, device: torch.device) -> Tensor:
     """What a caller's pairing returned, if it is (size,) int64 in [0, size) on ``device``.
 
@@ -147,4 +152,5 @@ def check(partner: Any, size: int, device: torch.device) -> Tensor:
 
 def as_pairing(value: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The pairing of that name, or ``value`` itself if it is callable; ValueError otherwise."""
-    return value if callable(value) else PAIRINGS[checks.choice("pairing", value, tuple(PAIRINGS))]
+    names = {**PAIRINGS, "across_ranks": across_ranks}
+    return value if callable(value) else names[checks.choice("pairing", value, tuple(names))]

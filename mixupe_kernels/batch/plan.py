@@ -12,16 +12,15 @@ from torch.utils.data import get_worker_info
 from .. import checks, ops
 from ..conventions import IGNORE_INDEX, constant, moved, rewritten, sequence
 from ..target import MixedTarget
-from . import cutmix, sampling
+from . import combination, cutmix, sampling
 from . import pairing as pairings
 from .labels import one_hot, share_of_kept
 from .progress import ONE, Progress
-from .randomness import Source, Stream
+from .randomness import Seeds, Source, Stream
 from .schedule import LinearRamp
 
 if TYPE_CHECKING:
     from .mixup import Mixup
-    from .mixupe import MixupE
 
 
 class Draw(NamedTuple):
@@ -72,7 +71,7 @@ def plain_draw(labels: Tensor, **_) -> Draw:
 class CleanRows:
     """Which rows :class:`MixupE` regularizes, and how often; its arguments of these names."""
 
-    def __init__(self, given: MixupE):
+    def __init__(self, given: Any):
         self.fraction = checks.number(
             "clean_fraction", given.clean_fraction, "a number in (0, 1]", lambda fraction: 0 < fraction <= 1
         )
@@ -135,7 +134,7 @@ class Plan:
         self.alpha, self.beta = given.alpha, given.beta
         self.per_sample = checks.boolean("per_sample", given.per_sample)
         self._pair = pairings.as_pairing(given.pairing)
-        self._by_class = self._pair in (pairings.same_class, pairings.different_class)
+        self.by_class = self._pair in (pairings.same_class, pairings.different_class)
         self.prob = checks.fraction("prob", given.prob)
         self.num_samples = checks.positive_int("num_samples", given.num_samples)
         self.num_classes = None if given.num_classes is None else checks.positive_int("num_classes", given.num_classes)
@@ -147,14 +146,18 @@ class Plan:
         self.generator = given.generator
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
+        self.seeds = Seeds.of(given.seed, given.same_draws, self.generator)
+        if self.seeds is not None:
+            self.generator = self.seeds.generator(torch.device("cpu"))
         self.stream = None if self.generator is None else Stream.of(self.generator)
         law = given.lam_distribution
         self.given_law = None if law is None else sampling.as_distribution(law)
         # Code of the caller's, which may return nonsense: checked, and what was drawn before it is given back.
-        self._own_pairing = self._pair not in pairings.PAIRINGS.values()
+        self.across = self._pair is pairings.across_ranks
+        self._own_pairing = not self.across and self._pair not in pairings.PAIRINGS.values()
         self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
         self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
-        self._check_combination()
+        combination.check(self)
         self._ramped = isinstance(self.alpha, LinearRamp) or (clean is not None and clean.eta_ramp is not None)
         # On devices, what a ramp changes is written where it was: a captured CUDA graph reads it there.
         self._weights: dict[torch.device, Tensor] = {}
@@ -169,23 +172,6 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, generator=None if state["stream"] is None else state["stream"].generator)
         self._write_on_devices()
-
-    def _check_combination(self) -> None:
-        ramp = isinstance(self.alpha, LinearRamp)
-        alphas = (self.alpha.start, self.alpha.stop) if isinstance(self.alpha, LinearRamp) else (self.alpha,)
-        if min(checks.non_negative("alpha", alpha) for alpha in alphas) == 0 and self.beta is not None:
-            raise ValueError(f"beta must be None where alpha is 0, no mixing, got {self.beta!r}")
-        if self.num_samples == 1:
-            raise ValueError("num_samples must be an int >= 2, got 1")
-        if self.num_samples > 2:
-            of_two = {"cutmix_alpha": self.cutmix, "lam_distribution": self.given_law, "beta": self.beta}
-            for name, value in of_two.items():
-                if value is not None:
-                    raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
-        if ramp and self.given_law is not None:
-            raise ValueError(f"alpha must be a number where lam_distribution is given, got {self.alpha!r}")
-        if self.cutmix is not None and self.per_sample:
-            raise ValueError("per_sample must be False with cutmix_alpha, got True: a batch has one box")
 
     def _law(self, alpha: float) -> sampling.Distribution | sampling.Dirichlet:
         if self.given_law is not None:
@@ -207,7 +193,22 @@ class Plan:
         self._reg_weight = torch.tensor(self.reg_weight, dtype=torch.float32, device="cpu")
         self._write_on_devices()
         self.progress.epoch = epoch
+        if self.seeds is not None and self.seeds.enter(int(epoch)):
+            self.reseed(self.seeds.of_draws())
         self._update_active()
+
+    def begin_on(self, device: torch.device, seeds: Seeds) -> torch.Generator:
+        """Let the stream of a seed begin on another device than it was on."""
+        self.generator = seeds.generator(device)
+        self.stream = Stream.of(self.generator)
+        return self.generator
+
+    def reseed(self, seed: int) -> None:
+        """Draw from here on as ``seed`` says, and this process, if it is a data loader's worker."""
+        if self.generator is not None and self.stream is not None:
+            self.generator.manual_seed(seed)
+            self.stream.in_worker = False
+            self.stream.enter_worker()
 
     def _write_on_devices(self) -> None:
         for weight in self._weights.values():
@@ -236,7 +237,14 @@ class Plan:
         elif progress.enabled != self.enabled:
             self._update_active()
 
-    def draw(self, labels: Tensor, *, ids: Tensor | None = None, image_size: tuple[int, int] | None = None) -> Draw:
+    def draw(
+        self,
+        labels: Tensor,
+        *,
+        ids: Tensor | None = None,
+        image_size: tuple[int, int] | None = None,
+        others: Tensor | None = None,
+    ) -> Draw:
         """λ, partners, rows and target of a batch with these labels; see :meth:`mixupe_kernels.Mixup.draw`."""
         compiled = torch.compiler.is_compiling()
         if not compiled and get_worker_info() is not None:
@@ -248,16 +256,18 @@ class Plan:
         if not compiled:
             source = self.generator
             if source is not None and source.device.type != device.type:
-                raise ValueError(f"generator must be on the device of labels, {device}, got {source.device}")
-        if labels.dim() != 1 or self.cutmix is not None or self._by_class:
-            self._check(labels, image_size)
+                if self.seeds is None:
+                    raise ValueError(f"generator must be on the device of labels, {device}, got {source.device}")
+                source = self.begin_on(device, self.seeds)
+        if labels.dim() != 1 or self.cutmix is not None or self.by_class:
+            combination.check_labels(self, labels, image_size)
         clean = self.clean
         if clean is not None and clean.interval > 1 and not self.progress.due():
             clean = None
         if self.num_samples > 2:
             draw = self._draw_many(labels, ids, source, clean)
         else:
-            draw = self._draw_pairs(labels, ids, image_size, source, clean)
+            draw = self._draw_pairs(labels, ids, image_size, source, clean, others)
         self.progress.own.add_(ONE)  # a number would be made a tensor first: 2.5 against 0.9 µs
         self.progress.phase = self.progress.phase.next
         return draw
@@ -269,8 +279,11 @@ class Plan:
         image_size: tuple[int, int] | None,
         source: Source,
         clean: CleanRows | None,
+        others: Tensor | None = None,
     ) -> Draw:
         batch, device = labels.shape[0], labels.device
+        if self.across and others is None:
+            raise ValueError("pairing must not be 'across_ranks' where only labels are given: call the mixer with x")
         # λ of the labels and λ of the pixels differ with CutMix only.
         size = (batch,) if self.per_sample else ()
         lam = self.law.sample(size, source, device)
@@ -292,6 +305,11 @@ class Plan:
             partner = self._pair(batch, source, device, labels, ids)
         if self._own_pairing:
             pairings.check(partner, batch, device)
+        if others is not None and partner is not None:
+            # What other ranks sent are samples, too, of which no row is made.
+            labels, rows = torch.cat([labels, others]), sequence(batch, device) if rows is None else rows
+            batch, partner = 2 * batch, partner.repeat(2)
+            lam = lam.repeat(2) if lam.dim() else lam
         if rows is None:
             own, other = labels, labels.flip(0) if partner is None else labels.index_select(0, partner)
             all_lam = lam.expand(batch)
@@ -327,23 +345,6 @@ class Plan:
             return self.reg_weight
         make = functools.partial(torch.full, (), self.reg_weight, dtype=torch.float32, device=device)
         return rewritten(self._weights, device, device, make, "a mixer with a ramp")
-
-    def _check(self, labels: Tensor, image_size: tuple[int, int] | None) -> None:
-        """Refuse labels of a shape that what is to be drawn has no meaning for, before anything is drawn."""
-        if self.cutmix is not None and image_size is None:
-            raise ValueError("image_size must be given with cutmix_alpha, got None")
-        if self._by_class:
-            pairings.classes(labels, labels.shape[0])
-        if labels.dim() == 1 or labels.is_floating_point():
-            return
-        shape = tuple(labels.shape)
-        if self.num_samples > 2:
-            raise ValueError(f"labels must be (B,) classes or (B, C) soft with num_samples > 2, got int64 of {shape}")
-        if image_size is not None and (labels.dim() < 3 or shape[-2:] != tuple(image_size)):
-            raise ValueError(
-                f"labels must be (B,), (B, C) soft, or maps (B, ..., {image_size[0]}, {image_size[1]}) of the images' "
-                f"size with cutmix_alpha, got int64 of {shape}"
-            )
 
     def _leave_some(self, lam: Tensor, own: Tensor, source: Source) -> Tensor:
         """λ or weights, and those of the own sample alone, ``own``, with probability 1 - ``prob``."""

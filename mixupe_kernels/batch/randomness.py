@@ -4,13 +4,18 @@ A graph takes no generator: torch's functions lose the symbolic size where one i
 an object. There a :class:`Stream` stands for the generator, and an operator that knows it by number draws from it.
 """
 
+import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from .. import checks
 
 
 class Stream:
@@ -55,6 +60,61 @@ def _restored(device: str, state: bytes) -> Stream:
     generator = torch.Generator(device)
     generator.set_state(torch.tensor(list(state), dtype=torch.uint8, device="cpu"))
     return Stream.of(generator)
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are: of the process group, or before it is made as torchrun says."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Seeds:
+    """What a mixer's draws begin with: a base seed, with the rank, unless all are to draw the same, and the epoch mixed in.
+
+    Attributes:
+        place: (rank, number of ranks) as the epoch began.
+    """
+
+    def __init__(self, seed: int, same: bool):
+        self.seed, self.same = seed, same
+        self.epoch, self.place = 0, rank_and_ranks()
+
+    @staticmethod
+    def of(seed: int | None, same: bool, generator: torch.Generator | None) -> "Seeds | None":
+        """Of a mixer's arguments; None without a seed."""
+        checks.boolean("same_draws", same)
+        if seed is None:
+            if same:
+                raise ValueError("seed must be given with same_draws, got None")
+            return None
+        seed = checks.integer("seed", seed)
+        if generator is not None:
+            raise ValueError(f"generator must be None with seed, got {generator!r}")
+        return Seeds(seed, same)
+
+    def enter(self, epoch: int) -> bool:
+        """Whether ``epoch`` is another than the last one said."""
+        changed = epoch != self.epoch
+        self.epoch = epoch
+        if changed and get_worker_info() is None:  # a worker is of no process group
+            self.place = rank_and_ranks()
+        return changed
+
+    def of_draws(self, *more: int) -> int:
+        return self._mixed("draws", 0 if self.same else self.place[0], self.epoch, *more)
+
+    def of_partners(self, step: int) -> int:
+        """The same on every rank."""
+        return self._mixed("partners", self.epoch, step)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(self.of_draws())
+
+    def _mixed(self, *parts: int | str) -> int:
+        """63 bits that depend on every part: of neighbouring seeds and ranks, too, streams have nothing in common."""
+        digest = hashlib.blake2b(repr((self.seed, *parts)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
 
 _keys = itertools.count()

@@ -9,10 +9,17 @@ import torch
 from .. import checks
 from .plan import Plan
 from .progress import MAX_WORKERS
+from .randomness import rank_and_ranks
 
 
 def state_dict(plan: Plan) -> dict[str, Any]:
+    ranks: dict[str, Any] = {}
+    if plan.generator is not None:
+        ranks["ranks"] = rank_and_ranks() if plan.seeds is None else plan.seeds.place
+        if plan.seeds is not None:
+            ranks |= {"seed": plan.seeds.seed, "device": str(plan.generator.device)}
     return {
+        **ranks,
         "epoch": plan.epoch,
         "steps": plan.progress.steps,
         "worker_steps": plan.progress.worker_steps,
@@ -40,13 +47,19 @@ def load_state_dict(plan: Plan, state: Mapping[str, Any]) -> None:
     worker_steps = [checks.integer("state['worker_steps']", steps, 0) for steps in worker_steps]
     steps = checks.integer("state['steps']", state["steps"], sum(worker_steps))
     generator, saved = plan.generator, state["generator"]
+    fresh = _check_ranks(plan, state)
     if generator is None or saved is None:
         if generator is not saved:
             has = "none" if generator is None else "one"
             raise ValueError(f"generator must be given where the saved one had one, and only there; this has {has}")
         plan.set_epoch(epoch)
+    elif plan.seeds is not None and fresh:
+        plan.set_epoch(epoch)
+        plan.reseed(plan.seeds.of_draws(state["ranks"][1], steps))
     else:
         checks.dtype("state['generator']", checks.tensor("state['generator']", saved), (torch.uint8,))
+        if plan.seeds is not None and str(generator.device) != state["device"]:
+            generator = plan.begin_on(torch.device(state["device"]), plan.seeds)
         before = generator.get_state()
         try:
             generator.set_state(saved.cpu())
@@ -57,8 +70,31 @@ def load_state_dict(plan: Plan, state: Mapping[str, Any]) -> None:
         except BaseException:  # a ramp's own
             generator.set_state(before)
             raise
+        if plan.seeds is not None:  # another epoch has begun a stream of its own
+            generator.set_state(saved.cpu())
     plan.set_enabled(enabled)
     plan.progress.set_steps(steps, worker_steps)
+
+
+def _check_ranks(plan: Plan, state: Mapping[str, Any]) -> bool:
+    """Whether the state's draws are another rank's, or another number's of ranks: a seed then goes on with fresh ones."""
+    if plan.generator is None or state["generator"] is None:
+        return False
+    seed = None if plan.seeds is None else plan.seeds.seed
+    if seed != state.get("seed"):
+        raise ValueError(f"seed must be {state.get('seed')}, as of the saved mixer, got {seed}")
+    place = state.get("ranks", rank_and_ranks())
+    if not isinstance(place, (tuple, list)) or len(place) != 2:
+        raise TypeError(f"state['ranks'] must be a rank and the number of ranks, got {place!r}")
+    rank, ranks = (checks.integer("state['ranks']", number, 0) for number in place)
+    if plan.seeds is not None:
+        return (rank, ranks) != plan.seeds.place
+    if ranks != rank_and_ranks()[1]:
+        raise ValueError(
+            f"state must be of as many ranks, {rank_and_ranks()[1]}, got one of {ranks}: the draws of a generator cannot go "
+            "on with others, those of a seed can"
+        )
+    return False
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class RowsOverRanks(NamedTuple):
 
 # Classes over ranks ------------------------------------------------------------------------------------------------------
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+
 
 class OfClasses(NamedTuple):
     """Of some of a row's classes: what ``RowOutputs`` says of them alone, and Σy, the share of the target they have.
@@ -105,7 +107,7 @@ class ClassShard(NamedTuple):
         mine = torch.stack(own)
         ranks = dist.get_world_size(self.group)
         everyones = mine.new_empty((ranks, *mine.shape))
-        dist.all_gather_into_tensor(everyones.view(-1), mine.view(-1), group=self.group)
+        _all_gather(everyones.view(-1), mine.view(-1), group=self.group)
         return OfClasses(*everyones.unbind(1))
 
     def target_of(self, target: RowTarget, options: RowOptions) -> RowTarget:

@@ -3,7 +3,6 @@
 Starting a process that imports torch takes seconds, so all cases of a file share the processes. A rank that fails ends all.
 """
 
-import functools
 import importlib
 import os
 import time
@@ -17,11 +16,11 @@ import torch.multiprocessing as mp
 TIMEOUT = 120  # seconds, for all cases
 
 
-def run(module: str, cases: list[str], ranks: int, folder: Path, timeout: float = TIMEOUT) -> dict[str, str]:
-    """Call functions of a module by name on each of so many ranks; case → "passed", an error, or why it was not reached."""
+def run(cases: list[str], ranks: int, folder: Path, timeout: float = TIMEOUT) -> dict[str, str]:
+    """Call the cases, "module:function" each, on each of so many ranks; case → "passed", an error, or why it was not reached."""
     store = folder / f"store-{ranks}"
     context = mp.start_processes(
-        _work, args=(module, cases, ranks, str(store), str(folder)), nprocs=ranks, join=False, start_method="spawn"
+        _work, args=(cases, ranks, str(store), str(folder)), nprocs=ranks, join=False, start_method="spawn"
     )
     deadline, why = time.monotonic() + timeout, "an earlier case failed"
     try:
@@ -45,16 +44,16 @@ def _verdict(folder: Path, case: str, ranks: int, why: str) -> str:
     return "\n".join(failed) or ("passed" if all(path.exists() for path in said) else why)
 
 
-def _work(rank: int, module: str, cases: list[str], ranks: int, store: str, folder: str) -> None:
+def _work(rank: int, cases: list[str], ranks: int, store: str, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    functions = importlib.import_module(module)
     for case in cases:
         torch.manual_seed(0)
         error = ""
         try:
-            getattr(functions, case)()
+            module, name = case.split(":")
+            getattr(importlib.import_module(module), name)()
         except BaseException:
             error = f"rank {rank}:\n{traceback.format_exc()}"
             raise
@@ -64,7 +63,7 @@ def _work(rank: int, module: str, cases: list[str], ranks: int, store: str, fold
     dist.destroy_process_group()
 
 
-@functools.cache
-def cases_of(module: str) -> list[str]:
-    """The functions of a module whose names begin with ``case_``, in its order."""
-    return [name for name in vars(importlib.import_module(module)) if name.startswith("case_")]
+def cases_of(*modules: str) -> list[str]:
+    """The functions of modules whose names begin with ``case_``, in their order."""
+    found = {module: vars(importlib.import_module(module)) for module in modules}
+    return [f"{module}:{name}" for module, names in found.items() for name in names if name.startswith("case_")]
