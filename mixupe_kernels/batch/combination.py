@@ -32,8 +32,8 @@ def check(plan: Plan) -> None:
                 raise ValueError(f"{name} must be None with num_samples > 2, got {value!r}")
     if ramp and plan.given_law is not None:
         raise ValueError(f"alpha must be a number where lam_distribution is given, got {plan.alpha!r}")
-    if plan.cutmix is not None and plan.per_sample:
-        raise ValueError("per_sample must be False with cutmix_alpha, got True: a batch has one box")
+    if plan.by_pair and (plan.given_pairing is not pairings.flip or plan.num_samples > 2):
+        raise ValueError("per_sample must be True or False unless pairing is 'flip', without num_samples, got 'pair'")
 
 
 def check_labels(plan: Plan, labels: Tensor, image_size: tuple[int, int] | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..conventions import accumulate_dtype, is_capturing, row_format
 from ..target import MixedTarget, check_labels
-from . import inputs, sampling
+from . import cutmix, inputs, sampling
 from . import state as saved_state
 from .plan import CleanRows, Draw, Plan, one, plain_draw
 from .ranks import exchanged
@@ -32,6 +32,13 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
     if x.dtype is torch.uint8 and dtype is None:
         values = write(draw, x, arguments._replace(dtype=torch.float32), None).round_().to(torch.uint8)
+        return values if out is None else out.copy_(values)
+    if (
+        draw.box is not None and draw.box.dim() == 2
+    ):  # a box for each row: three passes, the operator takes one box a batch
+        whole = draw._replace(box=None)
+        others = write(whole._replace(lam=torch.zeros_like(draw.target.lam)), x, arguments, None)
+        values = torch.where(cutmix.inside(draw.box, others), others, write(whole, x, arguments, None))
         return values if out is None else out.copy_(values)
     if draw.offsets is not None:
         if arguments != inputs.UNCHANGED:
@@ -55,7 +62,8 @@ class Mixup:
     Args:
         alpha, beta: λ ~ Beta(alpha, beta), > 0; beta is alpha if None. alpha may be a :class:`LinearRamp` over epochs. An
             alpha of 0 is λ = 1, no mixing.
-        per_sample: draw one λ for each sample instead of one for the batch.
+        per_sample: draw one λ for each sample instead of one for the batch; ``"pair"``, with ``pairing="flip"``, one for each
+            sample and its partner.
         pairing: whom a sample is mixed with: ``"random"`` permutation, ``"flip"`` (B - 1 - i, as timm), ``"roll"``
             (i - 1, as torchvision), ``"derangement"`` (random, never itself), ``"same_class"``, ``"different_class"``,
             or a function such as :class:`mixupe_kernels.pairing.Neighbors`. ``"across_ranks"``: a random permutation of the
@@ -70,7 +78,7 @@ class Mixup:
             weights, as with two: the target of classes has λ, the share of a row's weights that stays, and partner_labels of -100.
         num_classes: C, for ``num_samples`` > 2.
         cutmix_alpha: alternate with CutMix (Yun et al., 2019) of λ ~ Beta(cutmix_alpha, cutmix_alpha), > 0; never if
-            None. One box a batch; λ is corrected to its true area.
+            None. One box a batch, or a sample with ``per_sample``, which takes three passes; λ is corrected to its true area.
         switch_prob: probability of CutMix where ``cutmix_alpha`` is given, in [0, 1].
         mean, std: normalise the channels (dimension 1), x → (x - mean) / std as torchvision's ``Normalize``, in the same
             pass. uint8 is scaled to [0, 1] first.
@@ -124,13 +132,13 @@ class Mixup:
     alpha: float | LinearRamp = 1.0
     _: KW_ONLY
     beta: float | None = None
-    per_sample: bool = False
+    per_sample: bool | str = False
     pairing: str | Callable[..., Tensor] = "random"
     prob: float = 1.0
     lam_distribution: sampling.Distribution | sampling.Dirichlet | Callable[..., Tensor] | None = None
     num_samples: int = 2
     num_classes: int | None = None
-    cutmix_alpha: float | None = None
+    cutmix_alpha: float | cutmix.Boxes | None = None
     switch_prob: float = 0.5
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None

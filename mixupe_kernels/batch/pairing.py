@@ -154,3 +154,8 @@ def as_pairing(value: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The pairing of that name, or ``value`` itself if it is callable; ValueError otherwise."""
     names = {**PAIRINGS, "across_ranks": across_ranks}
     return value if callable(value) else names[checks.choice("pairing", value, tuple(names))]
+
+
+def mirrored(size: int, *drawn: Tensor | None) -> tuple[Any, ...]:
+    """What was drawn for the first half of a batch, for the second as well: a row and its partner by :func:`flip` share it."""
+    return tuple(None if values is None else torch.cat([values, values.flip(0)[size % 2 :]]) for values in drawn)

@@ -34,7 +34,8 @@ class Draw(NamedTuple):
         rows: (N,) int64, each row's own sample; None for 0, 1, ..., B - 1.
         offsets: (N + 1,) int64 where rows are made of more than two samples: row i is the sum over t in
             [offsets_i, offsets_{i+1}) of lam_t · x[partner_t].
-        box: (4,) int64, top, bottom, left and right of CutMix's box, in which a row is its partner's sample; None without.
+        box: (4,) int64, top, bottom, left and right of CutMix's box, in which a row is its partner's sample, or (N, 4), one for
+            each row; None without.
         plain: the rows are the samples as they are.
     """
 
@@ -132,14 +133,15 @@ class Plan:
     def __init__(self, given: Mixup, clean: CleanRows | None = None):
         self.clean = clean
         self.alpha, self.beta = given.alpha, given.beta
-        self.per_sample = checks.boolean("per_sample", given.per_sample)
-        self._pair = pairings.as_pairing(given.pairing)
-        self.by_class = self._pair in (pairings.same_class, pairings.different_class)
+        self.given_pairing = pairings.as_pairing(given.pairing)
+        self.by_pair = isinstance(given.per_sample, str) and given.per_sample == "pair"
+        self.per_sample = self.by_pair or checks.boolean("per_sample", given.per_sample)
+        self.by_class = self.given_pairing in (pairings.same_class, pairings.different_class)
         self.prob = checks.fraction("prob", given.prob)
         self.num_samples = checks.positive_int("num_samples", given.num_samples)
         self.num_classes = None if given.num_classes is None else checks.positive_int("num_classes", given.num_classes)
-        cutmix_alpha = given.cutmix_alpha
-        self.cutmix = None if cutmix_alpha is None else sampling.Beta(checks.positive("cutmix_alpha", cutmix_alpha))
+        boxes = given.cutmix_alpha
+        self.cutmix = boxes if boxes is None or isinstance(boxes, cutmix.Boxes) else cutmix.Boxes(boxes)
         self.switch_prob = checks.fraction("switch_prob", given.switch_prob)
         self.warmup_epochs = checks.non_negative("warmup_epochs", given.warmup_epochs)
         self.off_epoch = None if given.off_epoch is None else checks.non_negative("off_epoch", given.off_epoch)
@@ -153,8 +155,8 @@ class Plan:
         law = given.lam_distribution
         self.given_law = None if law is None else sampling.as_distribution(law)
         # Code of the caller's, which may return nonsense: checked, and what was drawn before it is given back.
-        self.across = self._pair is pairings.across_ranks
-        self._own_pairing = not self.across and self._pair not in pairings.PAIRINGS.values()
+        self.across = self.given_pairing is pairings.across_ranks
+        self._own_pairing = not self.across and self.given_pairing not in pairings.PAIRINGS.values()
         self._own_law = law is not None and type(self.given_law).__module__ != sampling.__name__
         self.careful = self._own_pairing or self._own_law or isinstance(self.given_law, sampling.Custom)
         combination.check(self)
@@ -285,7 +287,7 @@ class Plan:
         if self.across and others is None:
             raise ValueError("pairing must not be 'across_ranks' where only labels are given: call the mixer with x")
         # λ of the labels and λ of the pixels differ with CutMix only.
-        size = (batch,) if self.per_sample else ()
+        size = () if not self.per_sample else ((batch + 1) // 2,) if self.by_pair else (batch,)
         lam = self.law.sample(size, source, device)
         if self._own_law:
             name = "lam_distribution.sample(size, generator, device)"
@@ -295,14 +297,18 @@ class Plan:
         pixel_lam = lam
         box = None
         if self.cutmix is not None and image_size is not None:
-            lam, pixel_lam, box = self._draw_box(self.cutmix, lam, image_size, source)
+            lam, pixel_lam, box = self.cutmix.draw(lam, image_size, source, self.switch_prob, self.prob)
+        if self.by_pair:
+            drawn = lam, None if pixel_lam is lam else pixel_lam, box
+            lam, pixel_lam, box = pairings.mirrored(batch, *drawn)
+            pixel_lam = lam if pixel_lam is None else pixel_lam
         maps = labels.dim() > 1 and not labels.is_floating_point()
         if maps:  # a label map is cut as its image is, so its λ is that of the pixels outside
             lam = pixel_lam
         rows, num_mixed, num_reg, reg_weight = self._layout(batch, device, source, clean)
         partner = None
-        if self._pair is not pairings.flip:
-            partner = self._pair(batch, source, device, labels, ids)
+        if self.given_pairing is not pairings.flip:
+            partner = self.given_pairing(batch, source, device, labels, ids)
         if self._own_pairing:
             pairings.check(partner, batch, device)
         if others is not None and partner is not None:
@@ -324,8 +330,9 @@ class Plan:
                 pixel_lam = all_lam
             else:
                 pixel_lam, *_ = ops.call(ops.mixed_target_op, samples, pairs, pixel_lam, rows, num_mixed)
+            box = cutmix.of_rows(box, rows, num_mixed)
         if maps and box is not None:
-            own = torch.where(ops.reference.inside_box(box, own), other, own)
+            own = torch.where(cutmix.inside(box, own), other, own)
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
         return Draw(batch, partner, pixel_lam, target, rows=rows, box=box)
 
@@ -352,17 +359,6 @@ class Plan:
         chosen = sampling.rand(size, source, lam.device) < self.prob
         return torch.where(chosen.reshape(size + (1,) * own.dim()), lam, own)
 
-    def _draw_box(
-        self, law: sampling.Beta, lam: Tensor, image_size: tuple[int, int], source: Source
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(λ of the labels, λ of the pixels outside the box, box): an empty box in a batch that is mixed by λ."""
-        device = lam.device
-        uniform = sampling.rand((2,), source, device)
-        cut, used = uniform[0] < self.switch_prob, uniform[1] < self.prob
-        box, box_lam = cutmix.draw_box(law.sample((), source, device), *image_size, source)
-        box_lam = torch.where(used, box_lam, one(device))
-        return torch.where(cut, box_lam, lam), torch.where(cut, one(device), lam), box * (cut & used)
-
     def _draw_many(self, labels: Tensor, ids: Tensor | None, source: Source, clean: CleanRows | None) -> Draw:
         """Rows of ``num_samples`` samples: the own one, then those of as many draws of the pairing."""
         batch, device, terms = labels.shape[0], labels.device, self.num_samples
@@ -374,7 +370,7 @@ class Plan:
         if self.prob < 1:
             weights = self._leave_some(weights, own, source)
         weights = weights.expand(batch, terms)
-        others = [self._pair(batch, source, device, labels, ids) for _ in range(terms - 1)]
+        others = [self.given_pairing(batch, source, device, labels, ids) for _ in range(terms - 1)]
         if self._own_pairing:
             others = [pairings.check(partner, batch, device) for partner in others]
         index = torch.stack([sequence(batch, device), *others], 1)

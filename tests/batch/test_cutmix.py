@@ -20,8 +20,9 @@ def expected_rows(draw, x):
     own, other = x.double()[rows], x.double()[partner]
     lam = draw.lam.double().expand(len(draw.target.lam))[:count].reshape(-1, *[1] * (x.dim() - 1))
     mixed = lam * own + (1 - lam) * other
-    top, bottom, left, right = draw.box.tolist()
-    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    for row, box in enumerate(draw.box.expand(len(draw.target.lam), 4)[:count].tolist()):
+        top, bottom, left, right = box
+        mixed[row, ..., top:bottom, left:right] = other[row, ..., top:bottom, left:right]
     return mixed
 
 
@@ -76,6 +77,67 @@ def test_rows(options, pairing, dtype, backend):
         assert bool((target.lam[target.num_mixed :] == 1).all())
         assert float(target.reg_weight) == pytest.approx(1 / 3)
     assert 0 < cut < 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clean_fraction": 1 / 4}, {"clean_fraction": 1 / 4, "split": True}, {"regularize": "mixed"}]
+)
+@pytest.mark.parametrize(("pairing", "per_sample"), [("random", True), ("flip", True), ("flip", "pair")])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("batch", [16, 7])
+def test_a_box_for_each_sample(options, pairing, per_sample, dtype, batch):
+    x = torch.randint(0, 256, (batch, 2, 9, 7), dtype=torch.uint8)
+    values = (x.double() / 255 - torch.tensor(MEAN).double().view(2, 1, 1)) / torch.tensor(STD).double().view(2, 1, 1)
+    if dtype == torch.float32:
+        x = x.float() / 255
+    labels, generator = torch.arange(batch), torch.Generator().manual_seed(0)
+    fn = mk.MixupE(
+        cutmix_alpha=1.0, pairing=pairing, per_sample=per_sample, mean=MEAN, std=STD, generator=generator, **options
+    )
+    cut = mixed = 0
+    for _ in range(4):
+        (rows, target), draw = call_and_draw(fn, x, labels)
+        count = target.num_mixed
+        torch.testing.assert_close(rows[:count].double(), expected_rows(draw, values), rtol=1e-5, atol=1e-5)
+        clean = values[draw.rows[count:]] if draw.rows is not None else values[:0]
+        torch.testing.assert_close(rows[count:].double(), clean, rtol=1e-5, atol=1e-5)
+        area = (draw.box[:count, 1] - draw.box[:count, 0]) * (draw.box[:count, 3] - draw.box[:count, 2])
+        lam = target.lam[:count]
+        torch.testing.assert_close(lam[area > 0], (1 - area / 63)[area > 0])
+        cut, mixed = cut + int((area > 0).sum()), mixed + int(((area == 0) & (lam < 1)).sum())
+        if per_sample == "pair":
+            of = torch.arange(batch) if draw.rows is None else draw.rows[:count]
+            for one, other in torch.combinations(torch.arange(count)).tolist():
+                if of[one] + of[other] == batch - 1:
+                    assert lam[one] == lam[other] and torch.equal(draw.box[one], draw.box[other])
+        assert len(lam.unique()) > 1
+    assert cut > 4 and mixed > 4
+
+
+def test_one_lam_for_each_pair():
+    x, labels = torch.randn(7, 3), torch.arange(7)
+    mixed, target = mk.Mixup(pairing="flip", per_sample="pair", prob=0.8)(x, labels)
+    assert torch.equal(target.lam, target.lam.flip(0)) and len(target.lam.unique()) > 2
+    torch.testing.assert_close(mixed + mixed.flip(0), x + x.flip(0))
+
+
+def test_sides_between_two_shares():
+    minmax, generator = (0.25, 0.75), torch.Generator().manual_seed(0)
+    boxes, lam = cutmix.draw_box_of_sides(minmax, (4000,), 16, 8, generator, torch.device("cpu"))
+    top, bottom, left, right = boxes.unbind(1)
+    assert set((bottom - top).tolist()) == set(range(4, 12)) and set((right - left).tolist()) == set(range(2, 6))
+    assert set(top.tolist()) == set(range(13)) and bottom.max() == 16 and top.min() == 0 and right.max() == 8
+    torch.testing.assert_close(lam, 1 - (bottom - top) * (right - left) / 128)
+    (whole, none), _ = cutmix.draw_box_of_sides((1.0, 1.0), (2,), 16, 8, generator, torch.device("cpu"))
+    assert whole.tolist() == none.tolist() == [0, 16, 0, 8]
+
+
+def test_lam_as_it_was_drawn():
+    boxes = cutmix.Boxes(1.0, correct_lam=False)
+    lam, pixel_lam, box = boxes.draw(torch.rand(4000), (9, 7), torch.Generator().manual_seed(0), 1.0, 1.0)
+    area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
+    assert bool((pixel_lam == 1).all()) and not torch.allclose(lam, 1 - area / 63)
+    assert abs(float(lam.mean()) - 0.5) < 4 * (1 / 12 / 4000) ** 0.5  # uniform, where a clipped box's is above
 
 
 def test_a_batch_with_a_box_is_one_graph():
@@ -141,9 +203,14 @@ def test_in_place(backend):
         (lambda x: mk.Mixup(cutmix_alpha=0), ValueError, "cutmix_alpha must be a number > 0, got 0"),
         (lambda x: mk.Mixup(switch_prob=2), ValueError, r"switch_prob must be a number in \[0, 1\]"),
         (
-            lambda x: mk.Mixup(cutmix_alpha=1.0, per_sample=True),
+            lambda x: mk.Mixup(cutmix_alpha=1.0, per_sample="pair"),
             ValueError,
-            "per_sample must be False with cutmix_alpha",
+            "per_sample must be True or False unless pairing is 'flip'",
+        ),
+        (
+            lambda x: mk.Mixup(pairing="flip", num_samples=3, num_classes=4, per_sample="pair"),
+            ValueError,
+            "per_sample must be True or False unless pairing is 'flip', without num_samples",
         ),
         (lambda x: mk.Mixup(cutmix_alpha=1.0, num_samples=3), ValueError, "cutmix_alpha must be None with num_samples"),
         (
@@ -166,8 +233,9 @@ def test_errors(call, error, message):
 @pytest.mark.parametrize("options", [{}, {"clean_fraction": 1 / 2}, {"clean_fraction": 1 / 4, "split": True}])
 @pytest.mark.parametrize("pairing", ["random", "flip"])
 @pytest.mark.parametrize("mixer", [mk.Mixup, mk.MixupE])
-def test_label_maps_are_cut_with_their_images(options, pairing, mixer):
-    options = options if mixer is mk.MixupE else {}
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_label_maps_are_cut_with_their_images(options, pairing, mixer, per_sample):
+    options = {**(options if mixer is mk.MixupE else {}), "per_sample": per_sample}
     x, labels = torch.randn(8, 3, 9, 7), torch.randint(5, (8, 9, 7))
     x[:, 0] = labels  # what a pixel's class is, in the image
     fn = mixer(cutmix_alpha=1.0, pairing=pairing, generator=torch.Generator().manual_seed(0), **options)
@@ -177,8 +245,8 @@ def test_label_maps_are_cut_with_their_images(options, pairing, mixer):
         assert target.labels.shape == target.partner_labels.shape == (len(rows), 9, 7)
         lam = target.lam.view(-1, 1, 1)
         torch.testing.assert_close(rows[:, 0], lam * target.labels + (1 - lam) * target.partner_labels)
-        cut += bool((target.lam == 1).all()) and not torch.equal(target.labels[0], target.partner_labels[0])
-    assert 0 < cut < 8
+        cut += bool((target.lam == 1)[0]) and not torch.equal(target.labels[0], target.partner_labels[0])
+    assert 0 < cut < 8 or per_sample
 
 
 def test_label_maps_of_video():
