@@ -15,7 +15,7 @@ from .batch.mixup import Mixup
 from .batch.mixupe import MixupE
 from .batch.sampling import expected_a_lambda
 from .batch.schedule import LinearRamp
-from .loss.accuracy import MixedAccuracy, mixed_accuracy
+from .loss.accuracy import MixedAccuracy, clean_rows, mixed_accuracy
 from .loss.criterion import MixupELoss, mixupe_loss
 from .loss.exact import exact_q, input_mean
 from .loss.linear import linear_mixupe_loss
@@ -43,6 +43,7 @@ __all__ = [
     "batch_mean",
     "bce_entropy",
     "ce_entropy",
+    "clean_rows",
     "exact_q",
     "expected_a_lambda",
     "forward_mixupe",

@@ -4,9 +4,12 @@ Only shapes, dtypes, devices and Python numbers are looked at here: values of te
 (on the CPU in the loop that reads them anyway, elsewhere by device-side asserts), because reading one back synchronises.
 """
 
+import difflib
+import functools
+import inspect
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from types import MappingProxyType
 
@@ -15,6 +18,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+NO_TENSOR = (
+    "it is no tensor, but two labels a row and their weights. Write MixupELoss()(logits, target) for the loss, "
+    "mixed_accuracy(logits, target) for the accuracy, metric.update(*clean_rows(logits, target)) for a metric of plain "
+    "labels, target.dense(num_classes) for another loss of soft targets"
+)  # of a MixedTarget where a tensor is expected
+SLICED = (
+    "write target.rows(start, stop) for a part of a target, and mix after what splits batches tensor by tensor, such as "
+    "Accelerate's dispatch_batches"
+)
 
 
 def number(name: str, value, expected: str, accept) -> float:
@@ -53,6 +66,32 @@ def integer(name: str, value, lowest: int | None = None) -> int:
     return int(value)
 
 
+def named_arguments(elsewhere: Mapping[str, str]) -> Callable[[type], type]:
+    """Let a class say, of a keyword that it does not take, which one is meant: of the same meaning, or of a similar name.
+
+    Args:
+        elsewhere: names of other libraries, and names that belong to another call, with what to write instead.
+    """
+
+    def decorate(cls: type) -> type:
+        init = cls.__init__  # type: ignore[misc]
+        taken = [name for name in inspect.signature(init).parameters if name != "self"]
+
+        @functools.wraps(init)
+        def __init__(self, *args, **kwargs):
+            for name in kwargs:
+                if name not in taken:
+                    close = difflib.get_close_matches(name, taken, 1)
+                    meant = elsewhere.get(name) or (f"{close[0]}=" if close else f"one of {', '.join(taken)}")
+                    raise TypeError(f"{cls.__name__} has no argument {name!r}, write {meant}")
+            init(self, *args, **kwargs)
+
+        cls.__init__ = __init__  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
 def boolean(name: str, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
@@ -62,6 +101,15 @@ def boolean(name: str, value) -> bool:
 def choice(name: str, value, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def row_count(name: str, value, rows: int) -> int:
+    """``value`` if it is a number of the first or last of so many rows."""
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if not 0 <= value <= rows:
+        raise ValueError(f"{name} must be in [0, {rows}], got {value}")
     return value
 
 

@@ -51,6 +51,14 @@ class MixedTarget(NamedTuple):
         """N."""
         return self.labels.shape[0]
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a MixedTarget has no attribute {name!r}: {checks.NO_TENSOR}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch calls for a function that was given one: losses and metrics of plain labels."""
+        raise TypeError(f"torch.{getattr(function, '__name__', function)} takes no MixedTarget: {checks.NO_TENSOR}")
+
     def rows(self, start: int, stop: int | None = None) -> "MixedTarget":
         """The target of the rows ``start:stop``, bounds as in a slice; views of these."""
         total = self.num_rows
@@ -310,14 +318,9 @@ def _row_counts(target: MixedTarget, logits: Tensor, rows: int) -> tuple[int, in
     """The rows of L_mix and of R, each sample being as many rows as the logits have between N and C."""
     batch = logits.shape[0]
 
-    def count_of(name: str, count: Any) -> int:
-        if isinstance(count, bool | Tensor) or not hasattr(count, "__index__"):
-            raise TypeError(f"target.{name} must be an int, got {type(count).__name__} {count!r}")
-        if not 0 <= count <= batch:
-            raise ValueError(f"target.{name} must be in [0, {batch}], got {count}")
-        return count * (rows // batch) if batch else 0
-
-    return count_of("num_mixed", target.num_mixed), count_of("num_reg", target.num_reg)
+    per_sample, counts = rows // batch if batch else 0, (target.num_mixed, target.num_reg)
+    num_mixed, num_reg = map(checks.row_count, ("target.num_mixed", "target.num_reg"), counts, (batch, batch))
+    return num_mixed * per_sample, num_reg * per_sample
 
 
 def _lam_of(lam: Tensor, labels: Tensor) -> Tensor:
@@ -391,4 +394,6 @@ _PLAIN_NAMES = {"labels": "target"}
 
 def renamed(error: Exception, target: Tensor | tuple) -> Exception:
     """An operator's complaint as one about the part of the public ``target`` that it means."""
-    return checks.translate(error, _PLAIN_NAMES if isinstance(target, Tensor) else _MIXED_NAMES)
+    error = checks.translate(error, _PLAIN_NAMES if isinstance(target, Tensor) else _MIXED_NAMES)
+    sliced = str(error).startswith("target.num_") and isinstance(error, ValueError)
+    return ValueError(f"{error}: {checks.SLICED}") if sliced else error

@@ -55,6 +55,22 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     return out
 
 
+# Other libraries' names, and arguments of the loss.
+ELSEWHERE = {
+    "mixup_alpha": "alpha=, or mixupe_kernels.like_timm, which takes timm's arguments",
+    "mode": "per_sample=True for timm's 'elem', per_sample='pair' for 'pair', or mixupe_kernels.like_timm",
+    "cutmix_minmax": "it as an argument of mixupe_kernels.like_timm",
+    "correct_lam": "it as an argument of mixupe_kernels.like_timm",
+    "label_smoothing": "it as an argument of MixupELoss",
+    "eta": "it as an argument of MixupELoss",
+    "clean_weight": "it as an argument of MixupELoss",
+    "lam": "lam_distribution=mixupe_kernels.sampling.Fixed(lam)",
+    "p": "prob=",
+    "clean_fraction": "MixupE, which has it, for Mixup",
+}
+
+
+@checks.named_arguments(ELSEWHERE)
 @dataclass(eq=False, repr=False)
 class Mixup:
     """Plain mixup of a batch and its labels (Zhang et al., 2018), our baseline: :class:`MixupE` without clean rows.
@@ -211,6 +227,15 @@ class Mixup:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self.plan.set_enabled(value)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """timm's name of :attr:`enabled`."""
+        return self.enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, value: bool) -> None:
+        self.enabled = value
 
     @property
     def steps(self) -> int:

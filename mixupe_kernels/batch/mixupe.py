@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import checks
-from .mixup import Mixup
+from .mixup import ELSEWHERE, Mixup
 from .plan import CleanRows
 
 
+@checks.named_arguments(ELSEWHERE)
 @dataclass(eq=False, repr=False, kw_only=True)
 class MixupE(Mixup):
     """The batch of MixupE (Zou et al., UAI 2023): mixup's rows, then the clean rows its regularizer is taken on.

@@ -35,6 +35,56 @@ def mixed_accuracy(logits: Tensor, target: MixedTarget, topk: int | Sequence[int
     Raises:
         TypeError, ValueError: for an argument of the wrong type, shape or value.
     """
+    right, weight = right_and_weight(logits, target, topk)
+    split = target.num_mixed
+    parts = []
+    for rows in (slice(split), slice(split, None)):
+        parts.append(torch.stack([found[rows].sum() / weight[rows].sum() for found in right]))
+    return MixedAccuracy(*parts)
+
+
+def right_and_weight(
+    logits: Tensor, target: MixedTarget, topk: int | Sequence[int] = (1,)
+) -> tuple[list[Tensor], Tensor]:
+    """Of each row the share of its labels that is found among the k largest logits, (N,) for each k, and its weight, (N,).
+
+    The weight is 1 but for labels that are ignored. Arguments and errors are :func:`mixed_accuracy`'s.
+    """
+    logits, split = _rows(logits, target), target.num_mixed
+    own, own_kept = _classes("target.labels", target.labels, logits)
+    partner, partner_kept = _classes("target.partner_labels", target.partner_labels, logits)
+    lam = target.lam.detach().float()
+    if split < lam.shape[0]:  # a clean row has its own label alone
+        lam = torch.cat([lam[:split], torch.ones_like(lam[split:])])
+    own_weight, partner_weight = lam * own_kept, (1 - lam) * partner_kept
+    ks = _check_topk(topk, logits.shape[1])
+    best, right = logits.topk(max(ks), dim=1).indices, []
+    for k in ks:
+        found, found_partner = ((best[:, :k] == labels.unsqueeze(1)).any(1) for labels in (own, partner))
+        right.append(own_weight * found + partner_weight * found_partner)
+    return right, own_weight + partner_weight
+
+
+def clean_rows(logits: Tensor, target: MixedTarget) -> tuple[Tensor, Tensor]:
+    """The clean rows alone, as a metric of plain labels takes them: ``metric.update(*clean_rows(logits, target))``.
+
+    Args:
+        logits: (N, C).
+        target: of the N rows.
+
+    Returns:
+        Views: logits (n, C) and labels (n,), or (n, C) if they are soft; of no rows where the batch has no clean ones.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, shape or value.
+    """
+    rows = _rows(logits, target)
+    checks.shape("target.labels", target.labels, (rows.shape[0], *target.labels.shape[1:]))
+    return rows[target.num_mixed :], target.labels[target.num_mixed :]
+
+
+def _rows(logits: Tensor, target: MixedTarget) -> Tensor:
+    """The logits, detached, if they and the target's λ and counts are as they must be."""
     checks.tensor("logits", logits)
     checks.dtype("logits", logits, checks.LOGITS_DTYPES)
     if logits.dim() != 2:
@@ -42,30 +92,14 @@ def mixed_accuracy(logits: Tensor, target: MixedTarget, topk: int | Sequence[int
     logits = as_rows(logits).detach()
     if not isinstance(target, MixedTarget):
         raise TypeError(f"target must be a MixedTarget, got {type(target).__name__}")
-    rows, classes = logits.shape
-    own, own_kept = _classes("target.labels", target.labels, logits)
-    partner, partner_kept = _classes("target.partner_labels", target.partner_labels, logits)
+    rows = logits.shape[0]
     checks.tensor("target.lam", target.lam)
     checks.dtype("target.lam", target.lam, checks.LOGITS_DTYPES)
     checks.shape("target.lam", target.lam, (rows,))
     checks.same_device("target.lam", target.lam, "logits", logits)
     check_range("target.lam", target.lam, 0, 1, "in [0, 1]")
-    split = target.num_mixed
-    if isinstance(split, bool) or not isinstance(split, int | torch.SymInt):
-        raise TypeError(f"target.num_mixed must be an int, got {type(split).__name__} {split!r}")
-    if not 0 <= split <= rows:
-        raise ValueError(f"target.num_mixed must be in [0, {rows}], got {split}")
-    ks = _check_topk(topk, classes)
-    best = logits.topk(max(ks), dim=1).indices
-    lam = target.lam.detach().float()
-    own_weight, partner_weight = lam * own_kept, (1 - lam) * partner_kept
-    mixed, clean = [], []
-    for k in ks:
-        found, found_partner = ((best[:, :k] == labels.unsqueeze(1)).any(1) for labels in (own, partner))
-        right = own_weight * found + partner_weight * found_partner
-        mixed.append(right[:split].sum() / (own_weight + partner_weight)[:split].sum())
-        clean.append((found & own_kept)[split:].sum() / own_kept[split:].sum())
-    return MixedAccuracy(torch.stack(mixed), torch.stack(clean))
+    checks.row_count("target.num_mixed", target.num_mixed, rows)
+    return logits
 
 
 def _classes(name: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,17 @@ def mixupe_loss(
     return _loss(logits, target, parsed, as_scalar("eta", eta, logits), options, None, ranks)[0]
 
 
+@checks.named_arguments(
+    {
+        "smoothing": "label_smoothing=",
+        "gamma": "clean_weight=",
+        "alpha": "it as an argument of MixupE",
+        "clean_fraction": "it as an argument of MixupE",
+        "weight": "no weights of classes: mixupe_kernels.ce_entropy takes class_weight",
+        "reduction": "nothing: the loss is the mean over the rows",
+        "ignore_index": "nothing: labels of -100 are ignored",
+    }
+)
 class MixupELoss(nn.Module):
     """:func:`mixupe_loss` as a criterion, in the place of timm's ``SoftTargetCrossEntropy``.
 
