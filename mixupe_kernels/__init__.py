@@ -9,12 +9,14 @@
 
 from .batch import pairing, sampling
 from .batch.batch_norm import forward_mixupe, split_batch_norm
+from .batch.collate import Collate
 from .batch.labels import mix_labels
 from .batch.manifold import ManifoldMixup
 from .batch.mixup import Mixup
 from .batch.mixupe import MixupE
 from .batch.sampling import expected_a_lambda
 from .batch.schedule import LinearRamp
+from .integrations.like_timm import like_timm
 from .loss.accuracy import MixedAccuracy, clean_rows, mixed_accuracy
 from .loss.criterion import MixupELoss, mixupe_loss
 from .loss.exact import exact_q, input_mean
@@ -31,6 +33,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "ClassShards",
+    "Collate",
     "LinearRamp",
     "ManifoldMixup",
     "MixedTarget",
@@ -48,6 +51,7 @@ __all__ = [
     "expected_a_lambda",
     "forward_mixupe",
     "input_mean",
+    "like_timm",
     "linear_mixupe_loss",
     "mix",
     "mix_labels",

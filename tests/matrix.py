@@ -28,6 +28,7 @@ class Run(NamedTuple):
     interpreted: bool = False
     thorough: bool = False
     sanitized: bool = False
+    libraries: bool = False  # all of them must be there
 
 
 class Leg(NamedTuple):
@@ -46,6 +47,9 @@ LEGS = {
     "torch-2.15": Leg((TORCH,)),
     "triton-3.6": Leg(TRITON),
     "triton-3.8": Leg(TRITON),
+    "libraries": Leg(
+        (Run("integrations", libraries=True), Run("batch test_loss test_loss_use test_metrics test_training"))
+    ),
     "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
@@ -163,6 +167,8 @@ def run_tests(python: Path, folder: Path, run: Run) -> tuple[int, str]:
     variables = {**os.environ, "PATH": with_tools(python), "PYTHONPATH": str(folder)}
     if run.interpreted:
         variables["TRITON_INTERPRET"] = "1"
+    if run.libraries:
+        variables |= {"MIXUPE_LIBRARIES": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if run.thorough:
         variables["MIXUPE_THOROUGH"] = "1"
     if run.sanitized:
