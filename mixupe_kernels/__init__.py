@@ -8,6 +8,7 @@
 """
 
 from .batch import pairing, sampling
+from .batch.approximated import ApproximatedMixup
 from .batch.batch_norm import forward_mixupe, split_batch_norm
 from .batch.collate import Collate
 from .batch.labels import mix_labels
@@ -34,6 +35,7 @@ __version__ = "0.2.0"
 __all__ = [
     "ClassShards",
     "Collate",
+    "ApproximatedMixup",
     "LinearRamp",
     "ManifoldMixup",
     "MixedTarget",

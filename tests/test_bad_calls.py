@@ -184,6 +184,13 @@ def table():
                {"alpha": POSITIVE, "beta": optional(POSITIVE)})  # fmt: skip
     yield Call("use_backend", lambda name: mk.use_backend(name).__enter__(), lambda: {"name": "reference"},
                {"name": CHOICE}, {"name": "backend"})  # fmt: skip
+    means = lambda: {"x_mean": rand(5), "y_mean": rand(C), "theta": 0.75}  # noqa: E731
+    mean = {**without(FLOATS, "0-d", "meta"), "int": lambda v: v.long()}
+    yield Call("ApproximatedMixup", mk.ApproximatedMixup, means,
+               {"x_mean": mean, "y_mean": {**mean, "0-d": lambda v: v[0], "2-d": lambda v: v.unsqueeze(0)}, "theta": FRACTION})  # fmt: skip
+    yield Call("ApproximatedMixup()", mk.ApproximatedMixup.__call__, lambda: {"x": rand(N, 5), "labels": labels()},
+               {"x": {**FLOATS, "one more": lambda v: torch.cat([v, v[:1]]), "another shape": lambda v: v[:, 1:]},
+                "labels": INTEGERS}, {"x": "x|labels"}, lambda: mk.ApproximatedMixup(**means()))  # fmt: skip
     yield Call("LinearRamp", mk.LinearRamp, lambda: {"start": 0.0, "stop": 1.0, "first_epoch": 0, "last_epoch": 2},
                {"start": {**NUMBER, "infinite": lambda v: float("inf")}, "stop": NUMBER, "first_epoch": NON_NEGATIVE,
                 "last_epoch": {**NUMBER, "before": lambda v: 0}})  # fmt: skip
