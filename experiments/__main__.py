@@ -1,0 +1,75 @@
+"""``python -m experiments NAME [--quick]``: run one experiment of the papers; without a name, list them."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import frame
+
+
+class Entry(NamedTuple):
+    source: str
+    what: str
+
+
+EXPERIMENTS = {
+    "table4": Entry("MixupE §4.2", "tabular sets: test error by policy, chosen and unselected η"),
+    "images": Entry("MixupE §4.1, 4.5", "networks with BatchNorm: errors, loss curves, ERM + R, η, deformations"),
+    "speech": Entry("MixupE §4.3; mixup §3.3", "utterances by LeNet and VGG, with a warm-up on plain samples"),
+    "graphs": Entry("MixupE §4.4", "GIN on molecules, mixed at the read-out, 10 folds"),
+    "approximation": Entry("MixupE §2", "α_{k,i}, exact q against q̂, the share of the first order in L_mix − L_std"),
+    "toy": Entry("slides; mixup Fig. 1b", "decision boundaries; norm, angle and margin of a linear classifier"),
+    "between": Entry("mixup Fig. 2", "errors and gradient norms between training samples"),
+    "memorization": Entry("mixup §3.4", "random labels: best and last epoch, what is learned of wrong labels"),
+    "adversarial": Entry("mixup §3.5", "FGSM and I-FGSM, white and black box"),
+    "gan": Entry("mixup §3.7", "mixup's discriminator loss on 2-D data"),
+    "ablation": Entry(
+        "mixup §3.8", "what is mixed with what: inputs only, neighbours, classes, layers, smoothing, noise"
+    ),
+    "alpha": Entry("Kimura, Table 1", "generalization gap against α, by clean and by mixed training loss"),
+    "variance": Entry("Kimura, Theorem 2", "the complexity bound by simulation, and the Hessian under mixing"),
+    "perturbed": Entry("Carratino et al.", "mixup as perturbed ERM: identity, moments of θ, Approximated Mixup"),
+    "learned": Entry("Carratino, slides", "λ's law learned by a meta gradient"),
+}
+
+
+def listing() -> str:
+    lines = (f"  {name:14} {entry.source:24} {entry.what}" for name, entry in EXPERIMENTS.items())
+    return "\n".join(["usage: python -m experiments NAME [--quick | --full] [--data FOLDER]\n", *lines])
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in EXPERIMENTS:
+        print(listing())
+        return 2 if arguments and arguments[0] not in ("-h", "--help") else 0
+    name = arguments[0]
+    entry = EXPERIMENTS[name]
+    module = importlib.import_module(f"experiments.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="tiny data and few steps, to try the command")
+    size.add_argument("--full", action="store_true", help="the paper's networks and epochs")
+    parser.add_argument("--seeds", type=int, help="trainings of each kind, paired by seed (default 8; quick: 2)")
+    parser.add_argument("--data", type=Path, help="folder of real sets (docs/gallery.md says which are read)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier call's rows instead of resuming")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: experiments/results; quick: run/experiments)"
+    )
+    given = parser.parse_args(arguments[1:])
+    torch.set_num_threads(given.threads)
+    seeds = given.seeds or (2 if given.quick else 8)
+    out = given.out or (Path("run/experiments") if given.quick else frame.RESULTS)
+    options = frame.Options(given.quick, given.full, seeds, given.data)
+    frame.execute(module, name, f"{name}: {entry.what} ({entry.source})", options, out, given.fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
