@@ -92,4 +92,4 @@ def draw(rows: list[frame.Row], figure) -> None:
         axis.set_xticks(range(5), ["clean", *(f"{box} box\n{name}" for box, name in places)])
         axis.set_title(f"steps of {step} of each feature's range")
         axis.set_ylabel("test error, %")
-    axis.legend()
+    figure.axes[0].legend()

@@ -99,7 +99,7 @@ def draw(rows: list[frame.Row], figure) -> None:
                 *(frame.mean_error(frame.column(rows, name, method=method, lam=lam)) for lam in LAMBDAS), strict=True
             )
             axis.errorbar(LAMBDAS, means, errors, marker=".", label=method)
-        axis.set_xlabel("λ of λx_i + (1 − λ)x_j")
+        axis.set_xlabel("λ of λxᵢ + (1 − λ)xⱼ")
         axis.set_title(title)
         axis.set_ylim(bottom=0)
     axis.legend()

@@ -119,5 +119,5 @@ def draw(rows: list[frame.Row], figure) -> None:
     ):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left" if axis is left else "lower right")
     left.set_yticks(range(len(names)), names)

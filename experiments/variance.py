@@ -164,4 +164,4 @@ def draw(rows: list[frame.Row], figure) -> None:
     right.set_xscale("log")
     right.set_xlabel("α")
     right.set_title("Hessian at mixed rows over that at clean rows")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.62))
