@@ -192,31 +192,42 @@ Tensor ce_entropy_backward(const OptionalTensor& grad_ce, const OptionalTensor& 
   return out;
 }
 
-// A loss's arguments as its two operators take them, and where it is written.
-struct LossTensors {
-  const Tensor &eta, &reg_weight;
+// The numbers of a loss, in the order of its operators' arguments.
+struct LossNumbers {
   int64_t num_mixed, num_reg, penalty;
   double threshold;
   bool rescale, sigmoid;
   double clean_weight;
+};
+
+void check_clean_weight(double clean_weight, bool of_mixed_rows) {
+  if (!(clean_weight >= 0 && std::isfinite(clean_weight)))
+    fail("clean_weight must be a number >= 0, got ", shortest(clean_weight));
+  if (clean_weight != 0 && of_mixed_rows)
+    fail("clean_weight must be 0 where R is of mixed rows (regularize=\"mixed\"): no row is clean, got ",
+         shortest(clean_weight));
+}
+
+struct LossOutputs {
   Tensor loss, parts;
 };
 
-template <typename L, typename T>
-Loss<L> loss_job(const Tensor& logits, const Targets<T>& targets, const LossTensors& given) {
-  const auto shape = check_loss_shape<T>(logits, given.num_mixed, given.num_reg, given.penalty, given.threshold);
-  if (!(given.clean_weight >= 0 && std::isfinite(given.clean_weight)))
-    fail("clean_weight must be a number >= 0, got ", shortest(given.clean_weight));
-  if (given.clean_weight != 0 && shape.num_reg > 0 && shape.num_mixed == shape.rows)
-    fail("clean_weight must be 0 where R is of mixed rows (regularize=\"mixed\"): no row is clean, got ",
-         shortest(given.clean_weight));
-  return {forward_job<L, T>(logits, targets, given.sigmoid, shape, nullptr, nullptr, nullptr),
-          scalar_of<T>("eta", given.eta, {"logits", logits}),
-          scalar_of<T>("reg_weight", given.reg_weight, {"logits", logits}),
-          given.clean_weight,
-          given.rescale,
-          data<T>(given.loss),
-          data<T>(given.parts)};
+// Calls f with the loss's job, whose rows have nowhere to go yet; the job writes into the result.
+template <typename F>
+LossOutputs with_loss(const Tensor& logits, const TargetTensors& target, const Tensor& eta, const Tensor& reg_weight,
+                      const LossNumbers& given, const F& f) {
+  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+  const LossOutputs out{allocate(logits, dtype, {}), allocate(logits, dtype, {loss_parts})};
+  with_targets(logits, target, [&](auto type, const auto& targets) {
+    using L = decltype(type);
+    using T = Accumulate<L>;
+    const auto shape = check_loss_shape<T>(logits, given.num_mixed, given.num_reg, given.penalty, given.threshold);
+    check_clean_weight(given.clean_weight, shape.num_reg > 0 && shape.num_mixed == shape.rows);
+    f(Loss<L>{forward_job<L, T>(logits, targets, given.sigmoid, shape, nullptr, nullptr, nullptr),
+              scalar_of<T>("eta", eta, {"logits", logits}), scalar_of<T>("reg_weight", reg_weight, {"logits", logits}),
+              given.clean_weight, given.rescale, data<T>(out.loss), data<T>(out.parts)});
+  });
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argument, const Tensor& labels,
@@ -225,29 +236,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixupe_loss(const Tensor& logits_argu
                                                        int64_t num_reg, int64_t penalty, double threshold, bool rescale,
                                                        double label_smoothing, bool sigmoid, double clean_weight) {
   const Tensor logits = check_logits(logits_argument);
-  const int64_t rows = logits.size(0);
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
-  const LossTensors given{eta,
-                          reg_weight,
-                          num_mixed,
-                          num_reg,
-                          penalty,
-                          threshold,
-                          rescale,
-                          sigmoid,
-                          clean_weight,
-                          allocate(logits, dtype, {}),
-                          allocate(logits, dtype, {loss_parts})};
-  const Tensor signed_entropy = allocate(logits, dtype, {rows}), lse = allocate(logits, dtype, {rows});
-  with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
-               [&](auto type, const auto& targets) {
-                 using L = decltype(type);
-                 using T = Accumulate<L>;
-                 Loss<L> job = loss_job<L>(logits, targets, given);
-                 job.rows.entropy = data<T>(signed_entropy), job.rows.lse = data<T>(lse);
-                 run_loss(job, logits);
-               });
-  return {given.loss, given.parts, signed_entropy, lse};
+  const Tensor signed_entropy = allocate(logits, dtype, {logits.size(0)}),
+               lse = allocate(logits, dtype, {logits.size(0)});
+  const auto [loss, parts] =
+      with_loss(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label}, eta, reg_weight,
+                {num_mixed, num_reg, penalty, threshold, rescale, sigmoid, clean_weight}, [&](auto job) {
+                  using T = typename decltype(job)::T;
+                  job.rows.entropy = data<T>(signed_entropy), job.rows.lse = data<T>(lse);
+                  run_loss(job, logits);
+                });
+  return {loss, parts, signed_entropy, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
@@ -255,24 +254,12 @@ std::tuple<Tensor, Tensor, Tensor> mixupe_loss_with_gradient(
     const OptionalTensor& lam, const Tensor& eta, const Tensor& reg_weight, int64_t num_mixed, int64_t num_reg,
     int64_t penalty, double threshold, bool rescale, double label_smoothing, bool sigmoid, double clean_weight) {
   const Tensor logits = check_logits(logits_argument);
-  const ScalarType dtype = accumulate_dtype(logits.scalar_type());
-  const LossTensors given{eta,
-                          reg_weight,
-                          num_mixed,
-                          num_reg,
-                          penalty,
-                          threshold,
-                          rescale,
-                          sigmoid,
-                          clean_weight,
-                          allocate(logits, dtype, {}),
-                          allocate(logits, dtype, {loss_parts})};
   const Tensor gradient = allocate(logits, logits.scalar_type(), sizes_of(logits));
-  with_targets(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label},
-               [&](auto type, const auto& targets) {
-                 run_loss_with_gradient(loss_job<decltype(type)>(logits, targets, given), gradient);
-               });
-  return {given.loss, given.parts, gradient};
+  const auto [loss, parts] =
+      with_loss(logits, {labels, partner_labels, lam, std::nullopt, label_smoothing, ignored_label}, eta, reg_weight,
+                {num_mixed, num_reg, penalty, threshold, rescale, sigmoid, clean_weight},
+                [&](auto job) { run_loss_with_gradient(job, gradient); });
+  return {loss, parts, gradient};
 }
 
 void mixupe_loss_backward_out(const Tensor& grad, const Tensor& logits_argument, const Tensor& labels,
