@@ -40,6 +40,7 @@ Triple<T> row_stats(const std::vector<T>& z) {
 template <typename T>
 void bind(py::module_ module) {
   module.def("exp", [](T x) { return exp_fast(x); }, "e^x of x <= 0");
+  module.def("log", [](T x) { return log_fast(x); }, "log x of x >= 1");
   module.def("log1p_unit", [](T x) { return log1p_unit(x); }, "log(1 + x) of x in [0, 1]");
   module.def("stats", &row_stats<T>, "(max, sum, weighted sum) of a row's logits");
   module.def("merge", [](Triple<T> a, Triple<T> b) { return to_triple(merge(of_triple(a), of_triple(b))); });

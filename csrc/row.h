@@ -75,6 +75,23 @@ MIXUPE_FN float log1p_unit(float e) {
 
 MIXUPE_FN double log1p_unit(double e) { return std::log1p(e); }
 
+// log x for x >= 1: of a power of two, exact, and of what is left, in [1, 2).
+MIXUPE_FN float log_fast(float x) {
+#ifdef __CUDA_ARCH__
+  return std::log(x);
+#else
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 23) - 127;
+  bits = (bits & 0x7fffffu) | 0x3f800000u;
+  float mantissa;
+  __builtin_memcpy(&mantissa, &bits, sizeof mantissa);
+  return static_cast<float>(exponent) * 0.69314718f + log1p_unit(mantissa - 1.f);
+#endif
+}
+
+MIXUPE_FN double log_fast(double x) { return std::log(x); }
+
 // Softmax rows
 
 // max m, Σ e^{z-m}, Σ e^{z-m}(z-m): all that CE, H and lse need, mergeable over any split of the row.
@@ -113,10 +130,10 @@ MIXUPE_FN Stats<T> merge(Stats<T> a, Stats<T> b) {
 }
 
 // log Σ e^{z-m}: lse without the shift. A row of nothing but -∞ and one with a NaN have no softmax: NaN, as torch.softmax
-// gives. Of the two sums, the weighted one tells a NaN.
+// gives. Of the two sums, the weighted one tells a NaN. Any other sum has the maximum's 1 in it.
 template <typename T>
 MIXUPE_FN T log_sum(Stats<T> s) {
-  return s.sum == T(0) || s.weighted != s.weighted ? T(NAN) : std::log(s.sum);
+  return s.sum == T(0) || s.weighted != s.weighted ? T(NAN) : log_fast(s.sum);
 }
 
 template <typename T>

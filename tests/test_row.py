@@ -47,6 +47,14 @@ def test_log1p_keeps_its_stated_error():
     assert (np.abs(computed - expected) <= 4e-7 * expected).all()
 
 
+def test_log_keeps_its_stated_error():
+    x = np.concatenate([np.linspace(1, 20, 20_001), 1 + np.logspace(-7, 0, 2001), np.logspace(0, 38, 2001)])
+    x = x.astype(np.float32)
+    computed = np.array([row.float32.log(float(v)) for v in x], dtype=np.float64)
+    expected = np.log(x.astype(np.float64))
+    assert (np.abs(computed - expected) <= 4e-7 * expected).all()
+
+
 @given(rows)
 @settings(max_examples=300, deadline=None)
 def test_stats_are_the_sums(z):

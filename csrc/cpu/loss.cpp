@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "few_classes.h"
 #include "parallel.h"
 #include "rows.h"
 #include "values.h"
@@ -23,8 +24,13 @@ void check_values(const Targets<T>& targets, int64_t rows) {
 
 template <typename L>
 void run_rows(const Forward<L>& job, const OnePass<L>& one_pass) {
-  parallel_rows(job.shape.rows, job.targets.classes,
-                [&](int64_t begin, int64_t end) { forward_rows(job, one_pass, begin, end); });
+  const int64_t rows = job.shape.rows, classes = job.targets.classes;
+  if constexpr (std::is_same_v<Accumulate<L>, float>) {
+    if (one_pass.gradient ? one_pass.gradient.grouped : in_groups<L>(job.targets, job.sigmoid))
+      return parallel_rows(groups_of(rows), group_size(classes),
+                           [&](int64_t begin, int64_t end) { forward_groups(job, one_pass, begin, end); });
+  }
+  parallel_rows(rows, classes, [&](int64_t begin, int64_t end) { forward_rows(job, one_pass, begin, end); });
 }
 
 template <typename L>
@@ -89,9 +95,15 @@ void run_loss(Loss<L> job, const Tensor&) {
 
 template <typename L, typename T>
 void scale_gradient(const WaitingGradient<L>& gradient, T factor, int64_t classes, int64_t rows) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (gradient.grouped)
+      return parallel_rows(groups_of(rows), group_size(classes), [=](int64_t begin, int64_t end) {
+        scale_groups(gradient.kept, classes, factor, rows, gradient.out, begin, end);
+      });
+  }
   parallel_rows(rows, classes, [=](int64_t begin, int64_t end) {
-    const auto [out, kept] = gradient.from_row(begin, classes);
-    Order<L>::scale(kept, end - begin, classes, factor, out);
+    const auto from = gradient.from_row(begin, classes);
+    Order<L>::scale(from.kept, end - begin, classes, factor, from.out);
   });
 }
 
@@ -99,23 +111,30 @@ void scale_gradient(const WaitingGradient<L>& gradient, T factor, int64_t classe
 // memory stays with the thread, since its page faults would cost more than the exponentials it spares.
 constexpr int64_t cached_gradient = 8 << 20, most_kept = 4 << 20;
 
+template <typename T>
+T* kept_memory(int64_t bytes) {
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  static thread_local std::vector<Line> memory;
+  if (int64_t(memory.size() * sizeof(Line)) < bytes) memory.resize(bytes / sizeof(Line) + 1);
+  return reinterpret_cast<T*>(memory.data());
+}
+
 // Where forward_rows may leave the gradient without η̂: nowhere if these targets or this size do not allow it.
 template <typename L, typename T>
 WaitingGradient<L> waiting_gradient(const Targets<T>& targets, bool sigmoid, const Tensor& out) {
+  const int64_t rows = out.size(0), classes = targets.classes;
+  if (sigmoid || targets.everywhere() || classes > block_size) return {};
+  const int64_t in_lanes = groups_of(rows) * group_size(classes) * int64_t(sizeof(T));
+  if (in_groups<L>(targets, sigmoid) && in_lanes <= most_kept) return {data<L>(out), kept_memory<T>(in_lanes), true};
   constexpr bool apart = !std::is_same_v<L, T>;
-  const int64_t size = out.size(0) * Order<L>::kept_length(targets.classes), bytes = size * int64_t(sizeof(T));
-  if (sigmoid || targets.everywhere() || targets.classes > block_size) return {};
+  const int64_t bytes = rows * Order<L>::kept_length(classes) * int64_t(sizeof(T));
   if (bytes > (apart ? most_kept : cached_gradient)) return {};
-  if constexpr (apart) {
-    struct alignas(64) Line {
-      std::byte bytes[64];
-    };
-    static thread_local std::vector<Line> memory;
-    if (int64_t(memory.size() * sizeof(Line)) < bytes) memory.resize(bytes / sizeof(Line) + 1);
-    return {data<L>(out), reinterpret_cast<T*>(memory.data())};
-  } else {
+  if constexpr (apart)
+    return {data<L>(out), kept_memory<T>(bytes)};
+  else
     return {data<L>(out), data<T>(out)};
-  }
 }
 
 template <typename L>
@@ -129,7 +148,7 @@ void run_loss_with_gradient(Loss<L> job, const Tensor& gradient) {
   // 0·NaN is no 0: rows of neither mean have a gradient of 0 even where η̂ is NaN.
   if (!waiting || !std::isfinite(job.parts[eta_hat]))
     run_gradient(backward_of(job, gradient), gradient);
-  else if (job.rescale || !std::is_same_v<L, T>)
+  else if (job.rescale || waiting.apart())
     scale_gradient(waiting, job.parts[eta_hat], rows.targets.classes, rows.shape.rows);
 }
 

@@ -236,13 +236,15 @@ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<T>& l, int6
 }
 
 // A gradient that is made before its factor is known: numbers in the accumulation dtype, Order::kept_length a row, which may be `out`
-// itself, and of bfloat16 some in `out` besides.
+// itself, and of bfloat16 some in `out` besides; or `grouped`, as few_classes.h has them.
 template <typename L>
 struct WaitingGradient {
   L* out = nullptr;
   Accumulate<L>* kept = nullptr;
+  bool grouped = false;
 
   explicit operator bool() const { return out; }
+  bool apart() const { return static_cast<const void*>(out) != kept; }
   WaitingGradient from_row(int64_t row, int64_t n) const {
     return {out + row * n, kept + row * Order<L>::kept_length(n)};
   }
@@ -279,24 +281,31 @@ MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* expo
   return stats;
 }
 
+// A row's loss is written, and its gradient returned but for its factor: what is left of it to do for every class.
 template <typename L, typename T>
-void loss_and_gradient_row(const Forward<L>& job, const OnePass<L>& one_pass, int64_t row, const L* z,
-                           const Labels<T>& l, Block<T>& block) {
-  const int64_t n = job.targets.classes;
-  const auto [out, kept] = one_pass.gradient.from_row(row, n);
-  T* const exponentials = block.y;
-  const Stats<T> sums = exponentials_block(z, n, block.z, exponentials);
-  const Stats<double> stats{sums.max, sums.sum, sums.weighted};
-  const double log_total = log_sum(stats);
+MIXUPE_FN SoftmaxGradient<T> row_loss_and_gradient(const Forward<L>& job, const OnePass<L>& one_pass, int64_t row,
+                                                   const L* z, const Labels<T>& l, const Stats<double>& stats,
+                                                   double log_total) {
   const RowLoss<T> r = row_loss<T>(label_ce(z, l, stats.max, log_total), stats, log_total, 0);
   const T slope = write_row(job, row, l, r);
   const RowGradient<T> g = loss_gradient(row < job.shape.num_mixed ? one_pass.mix : one_pass.clean, one_pass.reg, slope,
                                          T(1), job.shape.penalty);
   const T level = gradient_level(g, l.own_weight + l.partner_weight, r.entropy);
-  const SoftmaxGradient<T> of_sum = short_nans(gradient_of_sums(stats, log_total, level, g));
-  Order<L>::keep(exponentials, block.z, static_cast<int>(n), of_sum, kept, out);
-  Order<L>::subtract(l.own, g.ce * l.own_weight, kept, out);
-  Order<L>::subtract(l.partner, g.ce * l.partner_weight, kept, out);
+  return gradient_of_sums(stats, log_total, level, g);
+}
+
+template <typename L, typename T>
+void loss_and_gradient_row(const Forward<L>& job, const OnePass<L>& one_pass, int64_t row, const L* z,
+                           const Labels<T>& l, Block<T>& block) {
+  const int64_t n = job.targets.classes;
+  const WaitingGradient<L> to = one_pass.gradient.from_row(row, n);
+  T* const exponentials = block.y;
+  const Stats<T> sums = exponentials_block(z, n, block.z, exponentials);
+  const Stats<double> stats{sums.max, sums.sum, sums.weighted};
+  const SoftmaxGradient<T> g = short_nans(row_loss_and_gradient(job, one_pass, row, z, l, stats, log_sum(stats)));
+  Order<L>::keep(exponentials, block.z, static_cast<int>(n), g, to.kept, to.out);
+  Order<L>::subtract(l.own, g.ce * l.own_weight, to.kept, to.out);
+  Order<L>::subtract(l.partner, g.ce * l.partner_weight, to.kept, to.out);
 }
 
 template <typename L>

@@ -74,6 +74,26 @@ def test_many_logits(backend, shape, dtype):
         check_mixupe_loss(make_logits(shape, dtype), make_target("mixed", shape, dtype), counts, gamma=gamma)
 
 
+# The compiled operator takes rows of at most 16 classes 16 at a time.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(33, 10), *thorough((16, 16), (15, 2), (17, 17))], ids=str)
+def test_rows_of_few_classes(backend, shape, dtype):
+    logits, (labels, partner_labels, lam) = make_logits(shape, dtype), make_target("mixed", shape, dtype)
+    logits[3, 1:], labels[3], partner_labels[3] = -torch.inf, 0, 0
+    labels[[5, 12]], partner_labels[[6, 12]] = -100, -100
+    target, counts = (labels, partner_labels, lam), (shape[0] // 2, shape[0] - shape[0] // 3)
+    for penalty in range(len(conventions.PENALTIES)):
+        check_mixupe_loss(logits, target, counts, penalty=penalty, rescale=penalty == 0, gamma=0.25)
+    # A row's numbers are the same wherever it is, and whatever is beside it.
+    every = ops.ce_entropy(logits, *target)
+    logits[1] = torch.nan
+    beside = ops.ce_entropy(logits, *target)
+    for row in (0, 1, 3, 12, shape[0] - 1):
+        alone = ops.ce_entropy(*(part[row : row + 1] for part in (logits, *target)))
+        for values, others, value in zip(every, beside, alone, strict=True):
+            assert value.isnan() if row == 1 else values[row] == others[row] == value
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (70, 3), (3, 17000), *thorough((4, 21841), (300, 3))], ids=str)
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("smoothing, rescale", [(0.0, False), (0.1, True)])
