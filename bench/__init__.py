@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench cpu | gpu | step | quality | demo | aot``. Every figure in a document comes from here."""
+"""Benchmarks: ``python -m bench cpu | gpu | step | compare | quality | demo | aot``. Every figure in a document comes from here."""

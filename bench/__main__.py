@@ -8,6 +8,7 @@ COMMANDS = {
     "cpu": ("bench.cpu", "operators on this machine's CPU, against eager PyTorch and torch.compile"),
     "gpu": ("bench.gpu", "GPU tests, then operators on this machine's GPU, against the copy rate and peers"),
     "step": ("bench.step", "the time of a whole training step, per model and policy, against mixup"),
+    "compare": ("bench.compare", "two revisions by turns, or two folders of results: what has become slower"),
     "quality": (
         "bench.quality",
         "test error per policy at equal epochs and at equal time: tables, and images by networks with BatchNorm",

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, under two minutes")
     parser.add_argument("--out", type=Path, default=results.RESULTS / "cpu", help="where results go")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--no-bars", action="store_true", help="exit with 0 whatever the bars say")
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     facts = {**results.machine_facts(), "backend": backends.serving("cpu")}
@@ -60,4 +61,4 @@ def main(arguments: Sequence[str]) -> int:
             print(run.line(row), flush=True)
     title = f"{facts['backend']} backend on {facts['device']}, {THREADS} threads, torch {facts['torch']}"
     run.finish(options.out, facts, rows, verdicts, title)
-    return 0
+    return run.exit_status(verdicts, options.no_bars)

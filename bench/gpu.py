@@ -281,6 +281,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="the whole path on a CPU, at small sizes, no figures")
     parser.add_argument("--no-tests", action="store_true", help="skip pytest -m gpu")
     parser.add_argument("--sanitize", action="store_true", help="also run the kernels under compute-sanitizer")
+    parser.add_argument("--no-bars", action="store_true", help="exit with 0 whatever the bars say")
     parser.add_argument("--once", action="store_true", help="only run every case's kernels once, small, and check them")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument(
@@ -326,4 +327,4 @@ def main(arguments: Sequence[str]) -> int:
     wrong = failed(rows)
     for row in wrong:
         print(f"failed: {row.case}, {row.provider}: {row.note}")
-    return 0 if passed and not wrong else 1
+    return 1 if wrong or not passed else run.exit_status(verdicts, options.no_bars)

@@ -10,6 +10,7 @@ import mixupe_kernels as mk
 
 # A MixupE step may cost this much of a Mixup step.
 TARGET_RATIO = 1.3
+INTERVAL = 4
 
 
 class Policy(NamedTuple):
@@ -42,6 +43,13 @@ POLICIES = {
     "authors": Policy("MixupE, two calls", {}, batched=False),
     # Every row counts once, γ = ρ; BatchNorm, if there is any, normalises the kinds of rows apart.
     "recipe": Policy("MixupE 1/4, γ = 1/4", {"clean_fraction": 1 / 4}, clean_weight=1 / 4, apart=True),
+}
+# Those that ``bench step`` times beside these.
+POLICIES |= {
+    "sample 1/4": Policy("MixupE sample 1/4", {"clean_fraction": 1 / 4}),
+    "sample 1/16": Policy("MixupE sample 1/16", {"clean_fraction": 1 / 16}),
+    "split 1/8": Policy("MixupE split 1/8", {"clean_fraction": 1 / 8, "split": True}),
+    "interval": Policy(f"MixupE interval {INTERVAL}", {"interval": INTERVAL}),
 }
 # Those of the tables on networks without BatchNorm, where one call and two are the same.
 TABULAR = ("erm", "mixup", "full", "sample", "split", "mixed")

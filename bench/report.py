@@ -1,22 +1,21 @@
 """``python -m bench report``: copy the figures of bench/results into README and docs, between their ``<!-- results: NAME -->`` marks."""
 
-import csv
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from . import results
+from .methods import POLICIES, TABULAR
+from .results import RESULTS
+
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return results.read_text(path) if path.exists() else []
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -103,22 +102,18 @@ def _mixup_beside_eager(rows: list[dict[str, str]]) -> str:
     )
 
 
-POLICIES = ("erm", "mixup", "full", "sample", "split", "mixed")
-LABELS = ("ERM", "Mixup", "full", "sample 1/8", "split 1/4", "mixed")
-
-
 def _errors(rows: list[dict[str, str]], budget: str) -> list[str]:
     of = {(row["data_set"], row["policy"]): row for row in rows if row["budget"] == budget}
     body = []
     for name in dict.fromkeys(data_set for data_set, _ in of):
         cells = []
-        for policy in POLICIES:
+        for policy in TABULAR:
             row = of[name, policy]
             paper = f" [{row['paper']}]" if row["paper"] else ""
             cells.append(f"{float(row['error']):.2f} ± {float(row['error_std']):.2f}{paper}")
         body.append([name, *cells, *([_best(of, name)] if budget == "time" else [])])
     last = ["best of the three, less full"] if budget == "time" else []
-    return _table(["", *LABELS, *last], body)
+    return _table(["", *(POLICIES[name].label.removeprefix("MixupE ") for name in TABULAR), *last], body)
 
 
 def _best(of: dict[tuple[str, str], dict[str, str]], name: str) -> str:
@@ -132,7 +127,7 @@ def _best(of: dict[tuple[str, str], dict[str, str]], name: str) -> str:
 def quality() -> list[str]:
     """Test error of each policy at equal epochs and at equal time, per data set."""
     rows = [row for row in _read(RESULTS / "quality" / "summary.csv") if float(row["corrupted"]) == 0]
-    rows = [row for row in rows if row["policy"] in POLICIES]
+    rows = [row for row in rows if row["policy"] in TABULAR]
     if not rows:
         return ["Not measured yet."]
     return [

@@ -58,13 +58,16 @@ def append_csv(path: Path, record: Record, kind: type[Record]) -> None:
         writer.writerow(dataclasses.asdict(record))
 
 
+def read_text(path: Path) -> list[dict[str, str]]:
+    """The cells of each line by the name of their column."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_csv(path: Path, kind: type[Record]) -> list[Record]:
     """What ``write_csv`` wrote."""
     hints = typing.get_type_hints(kind)
-    with path.open(newline="") as file:
-        return [
-            kind(**{name: _parse(text, hints[name]) for name, text in line.items()}) for line in csv.DictReader(file)
-        ]
+    return [kind(**{name: _parse(text, hints[name]) for name, text in line.items()}) for line in read_text(path)]
 
 
 def _parse(text: str, hint: type) -> object:

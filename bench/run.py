@@ -79,3 +79,8 @@ def finish(directory: Path, facts: dict[str, object], rows: list[Row], verdicts:
         plot.roofline(directory, f"{title}, {facts['date']}")
     print(f"results in {directory}")
     results.print_table(title, verdicts)
+
+
+def exit_status(verdicts: list[Verdict], no_bars: bool) -> int:
+    """1 if a bar was missed; one that could not be measured says nothing."""
+    return int(not no_bars and any(verdict.met is False for verdict in verdicts))

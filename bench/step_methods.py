@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import mixupe_kernels as mk
 
+from .methods import POLICIES
+
 ALPHA, ETA = 1.0, 1e-3
-INTERVAL = 4
 BASE = "Mixup eager"
+# Policies of MixupE, in the order of the table.
+STEPPED = ("full", "sample 1/4", "sample", "sample 1/16", "split", "split 1/8", "mixed", "interval")
 
 
 class Method(NamedTuple):
@@ -93,22 +96,18 @@ def exact(model: nn.Module, mean: Tensor) -> Method:
 def make_methods(model: nn.Module, classes: int, batch: int, mean: Tensor) -> dict[str, Method]:
     """Every way to train, by the name it has in the results; ours pair as eager Mixup does, and mix in place if they can."""
 
-    def mixupe(**options) -> tuple[mk.MixupE, float]:
-        mixer = mk.MixupE(ALPHA, pairing="flip", **options)
-        return mixer, 0.0 if mixer.split or mixer.regularize == "mixed" else mixer.num_clean(batch) / batch
-
     methods = {
         BASE: eager_mixup(model, classes),
         "Mixup": ours(model, mk.Mixup(ALPHA, pairing="flip", inplace=True), 0.0),
         "MixupE, authors' form": authors(model, classes),
-        "MixupE full": ours(model, *mixupe()),
     }
-    for part in (4, 8, 16):
-        methods[f"MixupE sample 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part))
-    for part in (4, 8):
-        methods[f"MixupE split 1/{part}"] = ours(model, *mixupe(clean_fraction=1 / part, split=True))
-    methods["MixupE mixed"] = ours(model, *mixupe(regularize="mixed", inplace=True))
-    every = mk.MixupE(ALPHA, pairing="flip", interval=INTERVAL)
-    methods[f"MixupE interval {INTERVAL}"] = ours(model, every, 1 / INTERVAL, steps=INTERVAL)
+    for name in STEPPED:
+        policy = POLICIES[name]
+        mixer = mk.MixupE(ALPHA, pairing="flip", inplace=name == "mixed", **policy.options)
+        if mixer.interval > 1:
+            methods[policy.label] = ours(model, mixer, 1 / mixer.interval, steps=mixer.interval)
+        else:
+            rows = 0.0 if mixer.split or mixer.regularize == "mixed" else mixer.num_clean(batch) / batch
+            methods[policy.label] = ours(model, mixer, rows)
     methods["MixupE exact q"] = exact(model, mean)
     return methods

@@ -1,6 +1,5 @@
 """Pictures of the training benchmarks, drawn from their CSV files only."""
 
-import csv
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .methods import POLICIES, TARGET_RATIO
+from .methods import POLICIES, TABULAR, TARGET_RATIO
+from .results import read_text
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one a policy, the same in every picture.
 COLOURS = {
@@ -41,11 +41,6 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _percent_axis(axis) -> None:
@@ -91,7 +86,7 @@ def _point(axes: Axes, policy: str, cost: float, error: float, low: float, high:
 
 def demo(curves: Path, summary: Path, picture: Path) -> None:
     """Learning curves, and test error against the cost of a step, one row of panels a data set."""
-    curve_rows, summary_rows = read(curves), read(summary)
+    curve_rows, summary_rows = read_text(curves), read_text(summary)
     names = list(dict.fromkeys(row["data_set"] for row in summary_rows))
     seeds = len({row["seed"] for row in curve_rows})
     with plt.rc_context(STYLE):
@@ -145,7 +140,7 @@ def _step_bar(axes: Axes, position: int, row: dict[str, str]) -> None:
 
 def step(rows_csv: Path, picture: Path, machine: str) -> None:
     """A panel a model: each way's step over eager Mixup's as a bar, quartiles as a whisker, 1 + ρu as a diamond."""
-    rows = read(rows_csv)
+    rows = read_text(rows_csv)
     panels = list(dict.fromkeys((row["model"], row["mode"], row["batch"], row["share"]) for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     columns = min(3, len(panels))
@@ -178,8 +173,8 @@ def step(rows_csv: Path, picture: Path, machine: str) -> None:
 
 def quality(summary: Path, picture: Path) -> None:
     """A panel a data set: test error at equal time against the cost of a step, one point a policy."""
-    rows = [row for row in read(summary) if row["budget"] == "time" and float(row["corrupted"]) == 0]
-    runs = read(summary.with_name("runs.csv"))
+    rows = [row for row in read_text(summary) if row["budget"] == "time" and float(row["corrupted"]) == 0]
+    runs = read_text(summary.with_name("runs.csv"))
     names = list(dict.fromkeys(row["data_set"] for row in rows))
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
@@ -211,12 +206,12 @@ def quality(summary: Path, picture: Path) -> None:
 
 def robustness(summary: Path, picture: Path) -> None:
     """Error against the share of corrupted training labels, and under FGSM beside the clean error."""
-    rows = [row for row in read(summary) if row["budget"] == "epochs"]
+    rows = [row for row in read_text(summary) if row["budget"] == "epochs"]
     name = next(row["data_set"] for row in rows if float(row["corrupted"]))
     rows = [row for row in rows if row["data_set"] == name]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.6))
-        for policy in POLICIES:
+        for policy in TABULAR:
             line = sorted((float(row["corrupted"]), float(row["error"])) for row in rows if row["policy"] == policy)
             left.plot([100 * share for share, _ in line], [error for _, error in line], color=COLOURS[policy],
                       marker=MARKERS[policy], markeredgecolor="white", markersize=8, linewidth=1.6,
@@ -287,7 +282,7 @@ def _image_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
 
 def images(summary: Path, alpha: float, picture: Path) -> None:
     """A column of panels a set, a row a network: test error at equal epochs against the cost of a step."""
-    rows = [row for row in read(summary) if row["budget"] == "epochs" and float(row["alpha"]) == alpha]
+    rows = [row for row in read_text(summary) if row["budget"] == "epochs" and float(row["alpha"]) == alpha]
     eta = {
         key: 0.0 if key[0] in ("erm", "mixup", "update_bn") or key[1:] == (1.0, 1.0) else 1e-3 for key in IMAGE_MARKS
     }

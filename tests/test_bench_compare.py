@@ -1,0 +1,67 @@
+"""``bench compare``: what counts as slower, two trees by turns, two folders, and exit statuses."""
+
+import math
+
+import pytest
+
+from bench import cases, compare, results, run
+from bench.cases import Row, Verdict
+
+FAST = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]
+
+
+@pytest.mark.parametrize(
+    "new, slower",
+    [
+        (FAST, False),
+        ([1.04 * t for t in FAST], False),
+        ([1.2 * t for t in FAST], True),
+        ([1.06, 0.6, 1.9, 1.06, 0.7, 1.6, 1.07, 1.3], False),  # over by the median, within its error
+    ],
+)
+def test_slower_is_over_the_limit_by_more_than_two_errors(new, slower):
+    found = compare.compared("case", FAST, new)
+    assert found.slower is slower and not math.isnan(found.error)
+
+
+def test_a_tree_is_as_fast_as_itself(capsys):
+    arguments = [".", ".", "--only", "mix 100×64", "--rounds", "5"]
+    assert compare.main(arguments) in (0, 1)  # on a busy machine five turns may say anything
+    out = capsys.readouterr().out
+    assert out.startswith("mix 100×64 float32") and "±" in out
+
+
+def folder(path, seconds):
+    row = Row("mix 4×4 float32", "cpp", seconds, 0.99 * seconds, 1.01 * seconds)
+    other = Row("mix 4×4 float32", "eager", 100 * seconds)
+    results.write(path, {"backend": "cpp"}, [row, other], [])
+    return str(path)
+
+
+def test_folders_are_compared_by_what_they_recorded(tmp_path, capsys):
+    old, same, slow = (folder(tmp_path / str(s), s) for s in (1.0, 1.001, 1.3))
+    assert compare.main([old, same]) == 0
+    assert compare.main([old, slow]) == 1
+    assert "over 1.05 of OLD's time beyond its error: mix 4×4 float32" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([old, "."])
+    with pytest.raises(SystemExit):
+        compare.main([old, slow, "--only", "nothing"])
+
+
+def test_an_unknown_revision_is_refused():
+    with pytest.raises(SystemExit, match="rev-parse"):
+        compare.tree_of("no-such-revision")
+
+
+def test_a_worker_that_dies_ends_the_comparison():
+    worker = compare.Worker(compare.ROOT)
+    with pytest.raises(SystemExit, match="ended with"):
+        worker.seconds(10**6, 1)
+
+
+@pytest.mark.parametrize("met, status", [(True, 0), (None, 0), (False, 1)])
+def test_a_missed_bar_is_the_exit_status(met, status):
+    verdicts = [Verdict("case", cases.EAGER, 1, 1.0, True), Verdict("case", cases.EAGER, 1, 0.5, met)]
+    assert run.exit_status(verdicts, no_bars=False) == status
+    assert run.exit_status(verdicts, no_bars=True) == 0
