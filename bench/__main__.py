@@ -16,7 +16,10 @@ COMMANDS = {
     "demo": ("bench.demo", "train a tabular network and a CNN with BatchNorm: one table, one picture"),
     "report": ("bench.report", "copy the figures of bench/results into README and docs"),
     "ranks": ("bench.ranks", "what several ranks send, counted under gloo, and what it costs at scale by a model"),
-    "aot": ("bench.aot", "compile every Triton kernel ahead of time and report its registers"),
+    "aot": (
+        "bench.aot",
+        "compile every kernel ahead of time and count its instructions, registers and loads in flight",
+    ),
 }
 
 

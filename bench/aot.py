@@ -3,7 +3,8 @@
 The launchers run as they are, on CPU tensors; only the last step differs: what they would launch is compiled for the
 target instead. So the specialization is the one a launch would get. Per kernel ``results/aot.csv`` has the stages of
 its loops, the registers, the shared memory, the bytes spilled to local memory and the 16-byte accesses to global
-memory.
+memory; of sm_90 and sm_100 also what ``aot_code`` counts in the machine code, and for CUDA C++ the same. ``BARS`` set the
+exit status.
 
 The cases: each entry of the launch table with each kind of target at a length people use, float32 and bfloat16 for the
 common kinds, one of them for the rest, float64 where it has a table of its own; the samples of ImageNet, of CIFAR and
@@ -12,10 +13,7 @@ short ones for mixing.
 
 import argparse
 import contextlib
-import dataclasses
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -23,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -31,6 +28,8 @@ from triton.runtime.jit import JITFunction
 from mixupe_kernels.conventions import accumulate_dtype
 from mixupe_kernels.ops.triton import KERNELS
 
+from . import aot_code, aot_cuda
+from .aot_table import COUNTED, COUNTED_TARGETS, Case, Kernel, counted, picture, verdicts
 from .results import RESULTS, write_csv
 
 TARGETS = {
@@ -40,35 +39,6 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of the operators: ``kind`` of target for the losses, of pairing for mix."""
-
-    operator: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.operator}-{self.kind}-{self.dtype}-{'x'.join(map(str, self.shape))}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What the compiler made of one kernel of a case. ``spilled``: bytes of local memory a thread."""
-
-    target: str
-    case: str
-    kernel: str
-    threads: int
-    stages: int
-    registers: int
-    shared: int
-    spilled: int
-    wide_loads: int
-    wide_stores: int
 
 
 def cases() -> list[Case]:
@@ -86,7 +56,7 @@ def cases() -> list[Case]:
         *(Case("ce_entropy", "weighted", "bfloat16", shape) for shape in rows),
         *(Case("ce_entropy", "weighted", "float64", shape) for shape in double[-1:]),
         *(Case("mix", kind, dtype, pictures) for kind in ("random", "flip") for dtype in both),
-        *(Case("mix", kind, "bfloat16", shape) for kind in ("random", "flip") for shape in short),
+        *(Case("mix", kind, dtype, shape) for kind in ("random", "flip") for dtype in both for shape in short),
         *(Case("mix", kind, dtype, short[-1]) for kind in ("random", "flip") for dtype in ("float16", "float64")),
         *(Case("mix", "random", "float64", shape) for shape in short[:1]),
         *(Case("mix", kind, "uint8", pictures) for kind in ("random", "flip", "channels_last", "to_channels_last")),
@@ -170,11 +140,11 @@ class _NoDevice:
 
 @contextlib.contextmanager
 def compiled_only(target: GPUTarget) -> Iterator[list]:
-    """Within the block every launch compiles its kernel for ``target`` instead; yields (name, kernel) pairs."""
+    """Within the block every launch compiles its kernel for ``target`` instead; yields (name, kernel, its arguments by name)."""
     kernels, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs), kwargs))
 
     active = driver._active
     driver.set_active(_NoDevice(target))
@@ -191,13 +161,7 @@ def _resources(kernel) -> tuple[int, int]:
         asm = kernel.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", asm, re.MULTILINE)}
         return number["vgpr_count"], number["private_segment_fixed_size"]
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    report = aot_code.dump(kernel.asm["cubin"], "--dump-resource-usage")
     number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return number["REG"], number["STACK"] + number["LOCAL"]
 
@@ -214,7 +178,7 @@ def compile_case(case: Case, target: str) -> list[Kernel]:
     with compiled_only(TARGETS[target]) as kernels:
         CALLS[case.operator](case)
     rows = []
-    for name, kernel in kernels:
+    for name, kernel, constants in kernels:
         language = "amdgcn" if "amdgcn" in kernel.asm else "ptx"
         loads, stores = (
             len(re.findall(_WIDE[language].format(access), kernel.asm[language])) for access in _ACCESS[language]
@@ -222,7 +186,12 @@ def compile_case(case: Case, target: str) -> list[Kernel]:
         threads, stages = kernel.metadata.num_warps * TARGETS[target].warp_size, kernel.metadata.num_stages
         registers, spilled = _resources(kernel)
         shared = kernel.metadata.shared
-        rows.append(Kernel(target, str(case), name, threads, stages, registers, shared, spilled, loads, stores))
+        row = Kernel(target, str(case), name, threads, stages, registers, shared, spilled, loads, stores)
+        if target in COUNTED_TARGETS and name in COUNTED:
+            (code,) = aot_code.functions(aot_code.dump(kernel.asm["cubin"])).values()
+            rows_of_block, length = constants.get("ROWS", 1), constants.get("SPAN", constants["BLOCK"])
+            row = counted(row, case, code, rows_of_block * length / threads)
+        rows.append(row)
     return rows
 
 
@@ -230,18 +199,30 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=RESULTS / "aot.csv", help="the file to write")
+    parser.add_argument("--no-bars", action="store_true", help="do not let the bars set the exit status")
     options = parser.parse_args(arguments)
     jobs = [(case, target) for target in TARGETS for case in cases() if options.only in str(case)]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        kernels = [
-            kernel for batch in pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8) for kernel in batch
-        ]
+        batches = [*pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8)] if jobs else []
+        if not aot_cuda.is_available():
+            print("nvcc is not on PATH: no kernel of CUDA C++ is counted")
+        elif not options.only or "cuda".startswith(options.only):
+            builds = [(source, target) for target in COUNTED_TARGETS for source in ("loss.cu", "mix.cu")]
+            batches += pool.map(aot_cuda.compile_rows, *zip(*builds, strict=True))
+    kernels = [kernel for batch in batches for kernel in batch]
     write_csv(options.out, kernels, Kernel)
     for target in TARGETS:
         rows = [kernel for kernel in kernels if kernel.target == target]
         spilling = [f"{row.case} {row.kernel} {row.spilled} B" for row in rows if row.spilled]
+        most = max((row.registers for row in rows), default=0)
+        print(f"{target}: {len(rows)} kernels, at most {most} registers, spilling: {spilling}")
+    judged = verdicts(kernels)
+    failed = [(bar, kernel) for bar, kernel, met in judged if not met]
+    for bar, kernel in failed:
+        value = getattr(kernel, bar.field)
         print(
-            f"{target}: {len(rows)} kernels, at most {max(row.registers for row in rows)} registers, spilling: {spilling}"
+            f"bar not met: {kernel.language} {kernel.target} {kernel.case} {kernel.kernel}: {bar.field} {value}, not {bar.limit}"
         )
-    print(f"written: {options.out}")
-    return 0
+    print(f"bars: {len(judged) - len(failed)} of {len(judged)} met")
+    print(f"written: {options.out}, {picture(options.out)}")
+    return int(bool(failed) and not options.no_bars)

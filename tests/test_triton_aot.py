@@ -140,7 +140,7 @@ def kernels_of_a_run(batches, calls):
     with compiled_only(TARGETS["sm_90"]) as kernels:
         for batch in batches:
             calls(*batch)
-    for name, kernel in kernels:
+    for name, kernel, _ in kernels:
         found[name].add(kernel.hash)
     return {name: len(hashes) for name, hashes in found.items()}
 
