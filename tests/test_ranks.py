@@ -4,7 +4,7 @@ import pytest
 
 from tests.ranks import processes
 
-CASES = processes.cases_of("tests.ranks.rows", "tests.ranks.classes", "tests.ranks.draws")
+CASES = processes.cases_of("tests.ranks.rows", "tests.ranks.classes", "tests.ranks.draws", "tests.ranks.batch_norm")
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="ranks{}".format)

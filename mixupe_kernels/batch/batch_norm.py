@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checks, ops
+from ..ops.normalising_ranks import batch_norm_over_ranks
 from ..target import MixedTarget
 
 
@@ -49,6 +51,7 @@ class SplitBatchNorm(_BatchNorm):
     """What :func:`split_batch_norm` mixes into the class of a layer: ``SplitBatchNorm2d`` is this and BatchNorm2d."""
 
     original: type[_BatchNorm]
+    synchronised = False  # over ranks, as SyncBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -68,11 +71,12 @@ class SplitBatchNorm(_BatchNorm):
                 "forward_mixupe(model, x, target) instead of model(x), with None for target if all rows are clean; "
                 "only under torch.no_grad(), as in update_bn, does model(x) take all rows for clean"
             )
-        if mixed in (0, x.shape[0]):
+        over_ranks = self.synchronised and self._ranks() is not None
+        if mixed in (0, x.shape[0]) and not over_ranks:
             return super().forward(x)
         self._check_input_dim(x)
         for kind, rows in (("mixed", mixed), ("clean", x.shape[0] - mixed)):
-            if rows * x.shape[2:].numel() == 1:
+            if rows * x.shape[2:].numel() == 1 and not over_ranks:
                 raise ValueError(
                     f"a layer converted by split_batch_norm must see more than 1 value per channel of each kind of rows "
                     f"in training, got 1 {kind} row of shape {tuple(x.shape[1:])}"
@@ -102,9 +106,19 @@ class SplitBatchNorm(_BatchNorm):
         return torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
 
     def _normalise(self, x: Tensor, mixed: int, mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
+        ranks = self._ranks() if self.synchronised else None
+        if ranks is not None:
+            return batch_norm_over_ranks(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps, ranks)
         if mixed in (0, x.shape[0]):
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
         return ops.batch_norm_apart(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps)
+
+    def _ranks(self) -> Any:
+        """The process group whose rows a ``synchronised`` layer normalises together; None if it is alone in it."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = getattr(self, "process_group", None) or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
     def _finish(self, x: Tensor) -> Tensor:
         """What the layer's class does after the normalisation."""
@@ -156,6 +170,8 @@ def _split_class(cls: type[_BatchNorm]) -> type[SplitBatchNorm]:
     becomes = getattr(cls, "cls_to_become", None)
     if isinstance(becomes, type):  # a lazy layer changes its class in its first call
         contents["cls_to_become"] = _split_class(becomes)
+    if issubclass(cls, nn.SyncBatchNorm):
+        contents["synchronised"] = True
     finish = _FINISH.get(_name(_definer(cls)))
     if finish is not None:
         contents["_finish"] = finish
@@ -169,13 +185,8 @@ def _new(original: type, *arguments) -> SplitBatchNorm:
 
 def _check_layer(name: str, layer: _BatchNorm) -> None:
     where = f"model must have layers that split_batch_norm can convert, got {name!r}, a {_name(type(layer))}"
-    if isinstance(layer, nn.SyncBatchNorm):
-        raise TypeError(
-            f"{where}: statistics over several processes are not kept apart. Leave convert_sync_batchnorm out, so that each "
-            "process has statistics of its own, or leave split_batch_norm out and call forward_mixupe(batched=False)"
-        )
     definer = _definer(type(layer))
-    if definer is not _BatchNorm and _name(definer) not in _FINISH:
+    if definer not in (_BatchNorm, nn.SyncBatchNorm) and _name(definer) not in _FINISH:
         raise TypeError(f"{where}, whose forward is its own: make it a BatchNorm and what follows")
     if "forward" in vars(layer):
         raise TypeError(f"{where}, whose forward was replaced: convert the model before it is wrapped")
@@ -206,15 +217,16 @@ def split_batch_norm(model: nn.Module) -> nn.Module:
     of another number of mixed ones, await their backward together.
 
     Args:
-        model: changed in place. Its BatchNorm1d, 2d and 3d, lazy ones, subclasses that keep their forward, and timm's
-            BatchNormAct2d are converted.
+        model: changed in place. Its BatchNorm1d, 2d and 3d, lazy ones, subclasses that keep their forward, timm's
+            BatchNormAct2d and SyncBatchNorm are converted. ``convert_sync_batchnorm`` comes first: it would replace the
+            layers. Each kind of rows then has the statistics of all ranks' rows of that kind, by one collective in the
+            forward and one in the backward, on the CPU, too; every rank calls, whatever rows it has.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: if ``model`` is not a Module, or has a SyncBatchNorm or another BatchNorm with a forward of its own;
-            nothing is changed then. ``convert_sync_batchnorm`` would replace the layers: leave it out.
+        TypeError: if ``model`` is not a Module, or has another BatchNorm with a forward of its own; nothing is changed then.
 
     Example:
         >>> model = mixupe_kernels.split_batch_norm(model)

@@ -15,6 +15,15 @@ from ..conventions import IGNORE_INDEX, accumulate_dtype, wide_dtype
 from . import losses, reference
 from .arguments import LossArguments, RowGradients, RowOptions, RowOutputs, RowTarget
 
+
+def all_gather(mine: Tensor, group: Any) -> Tensor:
+    """The tensor of every rank, (R, ...), in their order, by one collective."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+    everyones = mine.new_empty((dist.get_world_size(group), *mine.shape))
+    gather(everyones.view(-1), mine.view(-1), group=group)
+    return everyones
+
+
 # Rows over ranks ---------------------------------------------------------------------------------------------------------
 
 
@@ -51,8 +60,6 @@ class RowsOverRanks(NamedTuple):
 
 
 # Classes over ranks ------------------------------------------------------------------------------------------------------
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
 
 
 class OfClasses(NamedTuple):
@@ -104,11 +111,7 @@ class ClassShard(NamedTuple):
 
     def gather(self, own: OfClasses) -> OfClasses:
         """Every rank's statistics, (R, N) each, by one all-gather of four floats a row."""
-        mine = torch.stack(own)
-        ranks = dist.get_world_size(self.group)
-        everyones = mine.new_empty((ranks, *mine.shape))
-        _all_gather(everyones.view(-1), mine.view(-1), group=self.group)
-        return OfClasses(*everyones.unbind(1))
+        return OfClasses(*all_gather(torch.stack(own), self.group).unbind(1))
 
     def target_of(self, target: RowTarget, options: RowOptions) -> RowTarget:
         """The target of the own classes: dense labels are theirs already, and other classes' labels are ignored."""

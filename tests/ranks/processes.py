@@ -28,7 +28,9 @@ def run(cases: list[str], ranks: int, folder: Path, timeout: float = TIMEOUT) ->
             if time.monotonic() > deadline:
                 why = f"no answer within {timeout:g} seconds"
                 break
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+    except mp.ProcessRaisedException:
+        pass  # the case's own verdict has the error
+    except mp.ProcessExitedException as error:
         why = str(error)
     finally:
         for process in context.processes:
