@@ -156,39 +156,55 @@ def _written() -> tuple[int, int]:
     return int(told["syscw"]), int(told["wchar"])
 
 
-def _work(rank: int, ranks: int, store: str, found) -> None:
+def sent(run: Callable[[], object]) -> torch.Tensor:
+    """(messages, bytes) of a call, as a mean over the ranks, which all count at once."""
+    run()  # connections are made
+    dist.barrier()
+    time.sleep(0.1)  # what gloo's threads still send
+    before = _written()
+    for _ in range(REPEATS):
+        run()
+    time.sleep(0.2)
+    written = torch.tensor([new - old for new, old in zip(_written(), before, strict=True)], dtype=torch.float64)
+    dist.all_reduce(written)
+    return written / (REPEATS * dist.get_world_size())
+
+
+def counts() -> list[Count]:
+    """Each case on the ranks of the process group."""
+    found, ranks = [], dist.get_world_size()
+    for case in CASES:
+        messages, total = sent(case.run()).tolist()
+        payloads = case.collectives(ROWS)
+        made = [transfers(name, ranks, size) for name, size in payloads]
+        # The headers are of the messages that were counted, so that the bytes beside them are compared with the payloads'.
+        modelled = sum(data for _, data in made) + HEADER * messages
+        most = MESSAGES * sum(number for number, _ in made)
+        size = sum(size for _, size in payloads)
+        found.append(Count(case.name, ranks, len(payloads), size, messages, most, total, modelled))
+    return found
+
+
+def as_modelled(count: Count) -> bool:
+    """Whose samples are whose partners is drawn, so that a rank sends (R - 1) / R of them on average only."""
+    return abs(count.bytes - count.bytes_modelled) <= 0.03 * count.bytes and count.messages <= count.messages_most
+
+
+def _work(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    for number, case in enumerate(CASES):
-        run = case.run()
-        run()  # connections are made
-        dist.barrier()
-        time.sleep(0.1)  # what gloo's threads still send
-        before = _written()
-        for _ in range(REPEATS):
-            run()
-        time.sleep(0.2)
-        after = _written()
-        found[rank, number] = torch.tensor([new - old for new, old in zip(after, before, strict=True)]) / REPEATS
-        dist.barrier()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    found = counts()
+    if rank == 0:
+        write_csv(Path(folder, "counts.csv"), found, Count)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def count(ranks: int) -> list[Count]:
-    """Each case on so many processes."""
-    found = torch.zeros(ranks, len(CASES), 2, dtype=torch.float64).share_memory_()
+    """The same on so many new processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_work, args=(ranks, f"{folder}/store", found), nprocs=ranks, start_method="spawn")
-    counts = []
-    for case, (messages, sent) in zip(CASES, found.mean(0).tolist(), strict=True):
-        payloads = case.collectives(ROWS)
-        made = [transfers(name, ranks, size) for name, size in payloads]
-        # All messages are counted, so that the bytes without the headers are those of the payloads.
-        modelled = sum(data for _, data in made) + HEADER * messages
-        most = MESSAGES * sum(number for number, _ in made)
-        total = sum(size for _, size in payloads)
-        counts.append(Count(case.name, ranks, len(payloads), total, messages, most, sent, modelled))
-    return counts
+        mp.start_processes(_work, args=(ranks, folder), nprocs=ranks, start_method="spawn")
+        return read_csv(Path(folder, "counts.csv"), Count)
 
 
 def costs() -> list[Cost]:
@@ -215,32 +231,18 @@ def main(arguments: list[str]) -> int:
     if not os.path.exists("/proc/self/io"):
         parser.error("messages are counted by /proc/self/io, which this system does not have")
     given.out.mkdir(parents=True, exist_ok=True)
-    counts = []
+    found = []
     for ranks in given.ranks:
-        counts += count(ranks)
-        for line in counts[-len(CASES) :]:
+        found += count(ranks)
+        for line in found[-len(CASES) :]:
             print(
                 f"{line.call:24} {ranks} ranks: {line.messages:6.1f} messages (at most {line.messages_most:g}), "
                 f"{line.bytes:9.0f} bytes (model {line.bytes_modelled:9.0f})",
                 flush=True,
             )
-    write_csv(given.out / "counts.csv", counts, Count)
+    write_csv(given.out / "counts.csv", found, Count)
     write_csv(given.out / "costs.csv", costs(), Cost)
-    # Whose samples are whose partners is drawn, so that a rank sends (R - 1) / R of them on average only.
-    wrong = [c for c in counts if abs(c.bytes - c.bytes_modelled) > 0.03 * c.bytes or c.messages > c.messages_most]
-    for c in wrong:
-        print(f"not as modelled: {c}")
+    wrong = [line for line in found if not as_modelled(line)]
+    for line in wrong:
+        print(f"not as modelled: {line}")
     return 1 if wrong else 0
-
-
-def table() -> list[str]:
-    """The costs at scale, for a page: a line a call."""
-    lines = ["| | 8 GPUs | 64 | 1024 | waited for, of 0.1 s | of 5 ms |", "|---|---|---|---|---|---|"]
-    found = read_csv(FOLDER / "costs.csv", Cost)
-    for case in CASES:
-        mine = [cost for cost in found if cost.call == case.name]
-        of = {(cost.ranks, cost.step_seconds): cost for cost in mine}
-        times = [f"{of[ranks, 0.1].seconds * 1e6:.0f} µs" for ranks in (8, 64, 1024)]
-        shares = [f"{of[1024, step].exposed_share:.2%}" for step in (0.1, 0.005)]
-        lines.append("| " + " | ".join([case.name, *times, *shares]) + " |")
-    return lines

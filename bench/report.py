@@ -313,12 +313,39 @@ def recipe() -> list[str]:
     return [note, "", *_table(["", "Mixup", *methods.values()], body)]
 
 
+def ranks() -> list[str]:
+    """What a call adds to a step on many GPUs, by the model of ``bench ranks``; and what was counted under gloo."""
+    counts, costs = _read(RESULTS / "ranks" / "counts.csv"), _read(RESULTS / "ranks" / "costs.csv")
+    if not counts:
+        return ["Not counted yet."]
+    body = []
+    for call in dict.fromkeys(row["call"] for row in counts):
+        seen = {row["ranks"]: row for row in counts if row["call"] == call}
+        cost = {(row["ranks"], row["step_seconds"]): row for row in costs if row["call"] == call}
+        times = [f"{float(cost[n, '0.1']['seconds']) * 1e6:.0f} µs" for n in ("8", "64", "1024")]
+        waited = [f"{float(cost['64', step]['exposed_share']):.2%}" for step in ("0.1", "0.005")]
+        sent = [f"{float(seen[n]['messages']):.3g}, {float(seen[n]['bytes']):.0f} B" for n in ("2", "8")]
+        body.append([call, *sent, *times, *waited])
+    head = [
+        "a call",
+        "counted, 2 ranks",
+        "8 ranks",
+        "modelled, 8 GPUs",
+        "64",
+        "1024",
+        "share of 0.1 s at 64",
+        "of 5 ms",
+    ]
+    return _table(head, body)
+
+
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "cpu": cpu,
     "step": step,
     "quality": quality,
     "images": images,
     "recipe": recipe,
+    "ranks": ranks,
 }
 
 

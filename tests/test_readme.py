@@ -13,7 +13,8 @@ from mixupe_kernels.ops import backends
 ROOT = Path(__file__).parent.parent
 PAGES = [*report.PAGES, ROOT / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text())]
+OF_RANKS = ROOT / "docs/distributed.md"  # its examples run in tests/test_ranks.py
+EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text()) and page != OF_RANKS]
 
 
 def name_of(page: Path) -> str:
