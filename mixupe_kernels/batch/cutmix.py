@@ -96,9 +96,9 @@ def draw_box_of_sides(
     return _as_box(first, first + sides), _share_outside(first, first + sides, height, width)
 
 
-def of_rows(box: Tensor | None, rows: Tensor, num_mixed: int) -> Tensor | None:
+def of_rows(box: Tensor, rows: Tensor, num_mixed: int) -> Tensor:
     """Of a box for each sample that of each of ``rows``, (N, 4), of which those after ``num_mixed`` have none."""
-    if box is None or box.dim() == 1:
+    if box.dim() == 1:
         return box
     return torch.cat([box.index_select(0, rows[:num_mixed]), box.new_zeros((rows.shape[0] - num_mixed, 4))])
 

@@ -1,13 +1,16 @@
 """What a batch may be made of, and what is done to each tensor of it on its way to the model."""
 
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..conventions import accumulate_dtype, constant, vector
+
+if TYPE_CHECKING:
+    from .mixup import Mixup
 
 FORMATS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and the dimensions each is for
 
@@ -229,3 +232,22 @@ class Transform:
             ("shift", *key), lambda: vector([-m / s for m, s in zip(mean, std, strict=True)], compute, x.device)
         )
         return Arguments(scale, shift, dtype, memory_format)
+
+
+def check_out(mixer: "Mixup", name: str, out: Tensor | None, x: Tensor, arguments: Arguments) -> Tensor | None:
+    """The buffer that a mixer is to write, checked; None for fresh memory."""
+    if out is None and not mixer.inplace:
+        return None
+    checks.no_gradient("inplace" if mixer.inplace else "out", x=x)
+    dtype = arguments.dtype or x.dtype
+    if mixer.inplace:
+        if out is not None:
+            raise ValueError("out must be None with inplace, got a tensor")
+        if dtype != x.dtype:
+            raise ValueError(f"x must have dtype {dtype} with inplace, which keeps it, got {x.dtype}")
+        return x
+    if mixer.num_samples > 2:
+        raise ValueError("out must be None with num_samples > 2, got a tensor")
+    free = mixer.transform.dtype is None and dtype is not torch.uint8
+    allowed = checks.LOGITS_DTYPES if free else (dtype,)
+    return check_buffer(name, out, x, mixer.num_rows(x.shape[0]), allowed)

@@ -17,6 +17,7 @@ from ..conventions import accumulate_dtype, is_capturing, row_format
 from ..target import MixedTarget, check_labels
 from . import cutmix, inputs, sampling
 from . import state as saved_state
+from .names import ELSEWHERE
 from .plan import CleanRows, Draw, Plan, one, plain_draw
 from .ranks import exchanged
 from .schedule import LinearRamp
@@ -33,9 +34,7 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     if x.dtype is torch.uint8 and dtype is None:
         values = write(draw, x, arguments._replace(dtype=torch.float32), None).round_().to(torch.uint8)
         return values if out is None else out.copy_(values)
-    if (
-        draw.box is not None and draw.box.dim() == 2
-    ):  # a box for each row: three passes, the operator takes one box a batch
+    if draw.box is not None and draw.box.dim() == 2:  # one for each row, where the operator takes one a batch
         whole = draw._replace(box=None)
         others = write(whole._replace(lam=torch.zeros_like(draw.target.lam)), x, arguments, None)
         values = torch.where(cutmix.inside(draw.box, others), others, write(whole, x, arguments, None))
@@ -53,21 +52,6 @@ def write(draw: Draw, x: Tensor, arguments: inputs.Arguments, out: Tensor | None
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a graph that saved what it held must not go on with these values
     return out
-
-
-# Other libraries' names, and arguments of the loss.
-ELSEWHERE = {
-    "mixup_alpha": "alpha=, or mixupe_kernels.like_timm, which takes timm's arguments",
-    "mode": "per_sample=True for timm's 'elem', per_sample='pair' for 'pair', or mixupe_kernels.like_timm",
-    "cutmix_minmax": "it as an argument of mixupe_kernels.like_timm",
-    "correct_lam": "it as an argument of mixupe_kernels.like_timm",
-    "label_smoothing": "it as an argument of MixupELoss",
-    "eta": "it as an argument of MixupELoss",
-    "clean_weight": "it as an argument of MixupELoss",
-    "lam": "lam_distribution=mixupe_kernels.sampling.Fixed(lam)",
-    "p": "prob=",
-    "clean_fraction": "MixupE, which has it, for Mixup",
-}
 
 
 @checks.named_arguments(ELSEWHERE)
@@ -346,7 +330,7 @@ class Mixup:
         if x.dtype not in checks.LOGITS_DTYPES or not self.transform.is_identity:
             arguments = self.transform.arguments("x", x, True)
         if out is not None or self.inplace:
-            out = self._check_out("out", out, x, arguments)
+            out = inputs.check_out(self, "out", out, x, arguments)
         size = None if self.cutmix_alpha is None else inputs.image_size([x])
         unsure = self.plan.careful or out is not None
         with self._restored_on_error(out, x.device) if unsure else nullcontext():
@@ -380,7 +364,7 @@ class Mixup:
         for key, value in entries.items():
             checks.same_device(f"x[{key!r}]", value, "labels", labels)
             arguments = self.transform.arguments(f"x[{key!r}]", value, value.dim() in inputs.FORMATS.values())
-            prepared[key] = (value, arguments, self._check_out(f"out[{key!r}]", buffers[key], value, arguments))
+            prepared[key] = (value, arguments, inputs.check_out(self, f"out[{key!r}]", buffers[key], value, arguments))
         size = None if self.cutmix_alpha is None else inputs.image_size(entries.values())
         with self._restored_on_error(out, labels.device):
             if self.plan.across:
@@ -405,21 +389,3 @@ class Mixup:
         if unsure and not torch.compiler.is_compiling() and not is_capturing(device):
             return saved_state.restored_on_error(self.plan, device)
         return nullcontext()
-
-    def _check_out(self, name: str, out: Tensor | None, x: Tensor, arguments: inputs.Arguments) -> Tensor | None:
-        """The buffer to write, checked; None for fresh memory."""
-        if out is None and not self.inplace:
-            return None
-        checks.no_gradient("inplace" if self.inplace else "out", x=x)
-        dtype = arguments.dtype or x.dtype
-        if self.inplace:
-            if out is not None:
-                raise ValueError("out must be None with inplace, got a tensor")
-            if dtype != x.dtype:
-                raise ValueError(f"x must have dtype {dtype} with inplace, which keeps it, got {x.dtype}")
-            return x
-        if self.num_samples > 2:
-            raise ValueError("out must be None with num_samples > 2, got a tensor")
-        free = self.transform.dtype is None and dtype is not torch.uint8
-        allowed = checks.LOGITS_DTYPES if free else (dtype,)
-        return inputs.check_buffer(name, out, x, self.num_rows(x.shape[0]), allowed)

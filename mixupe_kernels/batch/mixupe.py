@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import checks
-from .mixup import ELSEWHERE, Mixup
+from .mixup import Mixup
+from .names import ELSEWHERE
 from .plan import CleanRows
 
 

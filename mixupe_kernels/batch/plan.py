@@ -330,7 +330,7 @@ class Plan:
                 pixel_lam = all_lam
             else:
                 pixel_lam, *_ = ops.call(ops.mixed_target_op, samples, pairs, pixel_lam, rows, num_mixed)
-            box = cutmix.of_rows(box, rows, num_mixed)
+            box = None if box is None else cutmix.of_rows(box, rows, num_mixed)
         if maps and box is not None:
             own = torch.where(cutmix.inside(box, own), other, own)
         target = MixedTarget(own, other, all_lam, num_mixed, num_reg, reg_weight)
