@@ -13,6 +13,7 @@ MOVED = (
     (r"\]\((?:\.\./)?CHANGELOG\.md", "](changelog.md"),
     (r"\]\((?:\.\./)?README\.md", "](index.md"),
     (r"\]\(\.\./bench/results/", "](results/"),
+    (r"\[[\w.]+\]\((?:\.\./)?(examples/\w*(?:\.py)?)/?\)", r"`\1`"),  # a file of the repository, which the site has not
 )
 # Tables of figures, which scroll on a narrow screen instead of being broken.
 RESULTS = re.compile(r"<!-- results: \w+ -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -30,6 +31,10 @@ def on_page_markdown(markdown, page, **_):
     included = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}.get(page.file.src_uri)
     if included:
         markdown = (ROOT / included).read_text()
+    if page.file.src_uri == "libraries.md":  # the repository's readers have the table before them
+        table = (ROOT / "README.md").read_text().split("## If you use …\n")[1].split("\n## ")[0]
+        begin, rest = markdown.split("\n## ", 1)
+        markdown = f"{begin}\n{table.split('More in')[0]}\n## {rest}"
     for here, there in MOVED:
         markdown = re.sub(here, there, markdown)
     return RESULTS.sub(r'<div class="results" markdown>\n\n\1\n</div>', markdown)

@@ -48,7 +48,7 @@ class Network(torch.nn.Module):
 
 
 def main():
-    args = arguments(__doc__, epochs=8)
+    args = arguments(__doc__, epochs=20)
     data, curve = graphs_of(args), Curve(args)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     count = len(data) // 4
@@ -56,7 +56,7 @@ def main():
     test = DataLoader([data[i] for i in order[:count]], 256)
     net = Network(data[0].x.shape[1], 1 + max(int(graph.y) for graph in data))
     mixup_fn, criterion = mk.MixupE(alpha=0.4, clean_fraction=1 / 4), mk.MixupELoss(eta=1e-3, clean_weight=1 / 4)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.005)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for epoch in range(args.epochs):
         losses = []
         for batch in track(train, f"epoch {epoch + 1}", transient=True):
