@@ -217,13 +217,18 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def differentiates_otherwise() -> bool:
+    """Whether torch.func or forward mode is at work. Public functions tell of one tensor's tangent only."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
 def is_transformed(value: Tensor) -> bool:
     """Whether torch.func or forward mode is at work, or was on ``value``: more may be differentiated than meets the eye.
 
     Of nested transforms, an outer one may differentiate in what the inner one takes for a constant. Nothing public tells
     of a tensor that outlived its transform.
     """
-    if transforms_active() or forward_ad._current_level >= 0:  # public functions tell of one tensor's tangent only
+    if transforms_active() or forward_ad._current_level >= 0:  # differentiates_otherwise(), without a call in every step
         return True
     if torch.compiler.is_dynamo_compiling():  # no such tensor gets into a graph
         return False
