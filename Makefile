@@ -8,7 +8,7 @@ EMULATED := mixupe_kernels/_cuda_emulated.so
 LOCKS := requirements.lock $(addprefix requirements/,tests.lock training.lock data.lock)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-matrix dist docs lint format clean
+.PHONY: demo test test-matrix bench dist docs lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m bench demo
@@ -21,6 +21,11 @@ test: $(READY) $(EMULATED)
 # LEG=torch-2.10 runs that one. MIXUPE_ENVIRONMENTS is a folder for their environments that outlives this checkout.
 test-matrix: $(READY)
 	$(BIN)/python -m tests.matrix $(LEG)
+
+# Operators beside eager PyTorch, torch.compile and the libraries that are installed, under four minutes. BENCH="--benchmark-autosave"
+# keeps the figures, BENCH="--benchmark-compare" puts the last ones kept beside them.
+bench: $(READY)
+	$(BIN)/python -m pytest bench/micro -q --benchmark-columns=median,iqr,ops,rounds --benchmark-sort=name $(BENCH)
 
 # The sdist and the wheels, checked beside nothing but torch; LEG="torch-2.10 torch-2.15" also in those legs' environments.
 dist: $(READY) $(VENV)/.dist
