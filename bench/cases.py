@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 # Contenders that are not backends of ours.
 EAGER, COMPILE, COPY, FLOAT32 = "eager", "torch.compile", "copy_", "float32 logits"
+# For another result: plain cross-entropy of the same rows, which a loss costs at least.
+CROSS_ENTROPY, LINEAR_CROSS_ENTROPY = "F.cross_entropy", "F.linear_cross_entropy"
 
 # Bars that are not a speedup over a contender: a share of a measured ceiling, or a most.
 COPY_RATE, READ_RATE, ENQUEUE, LAUNCHES = "copy rate", "read rate", "host enqueue, µs", "launches"
@@ -24,7 +26,8 @@ class Case:
 
     Attributes:
         family: which workload builds it, a key of ``bench.workloads.WORKLOADS``.
-        shape: of x for mixing, (B, ...); (B, C) for the whole loss, which has 2B rows; (N, C) for the rest.
+        shape: of x for mixing, (B, ...); (B, C) for the whole loss, which has 2B rows; (N, D, C) for the linear loss; (N, C)
+            for the rest.
         dtype: of what is written (mixing) or of the logits; mixing "uint8" images reads uint8.
         dry_shape: what a dry run has instead, small enough for Triton's interpreter.
         bars: what it has to clear.
@@ -92,16 +95,26 @@ def _loss(shape: tuple[int, int], eager: float, compiled: float, **options) -> C
 
 
 CPU_CASES = (
+    *(
+        Case("mixupe_loss", (batch, 10), dtype, bars=(Bar(CROSS_ENTROPY, 1 / 1.1),), quick=batch == 64)
+        for batch in (16, 64, 2048)
+        for dtype in ("float32", "bfloat16")
+    ),
     _loss((128, 100), 3, 1.2),
+    Case("mixupe_loss", (128, 1000), bars=(Bar(CROSS_ENTROPY, 1 / 0.6),)),
     _loss((256, 1000), 5, 2.5),
     _loss((1024, 1000), 5, 2.5, quick=False),
     _loss((4096, 1000), 5, 2.5, quick=False),
     _loss((256, 21841), 4.5, 2, quick=False),
     Case("mixupe_loss", (256, 1000), "bfloat16", bars=(Bar(FLOAT32, 1),)),
     Case("mixupe_loss", (4096, 1000), "bfloat16", bars=(Bar(FLOAT32, 1),), quick=False),
+    *(
+        Case("linear loss", shape, bars=(Bar(LINEAR_CROSS_ENTROPY, 1 / 1.05),), quick=False)
+        for shape in ((512, 768, 21841), (1024, 768, 21841), (512, 512, 8192), (512, 768, 50257))
+    ),
     Case("mix", (100, 64), bars=(Bar(EAGER, 1.5),)),
     Case("mix", IMAGES, bars=(Bar(EAGER, 3.5), Bar(COMPILE, 1))),
-    Case("mix out=", IMAGES, bars=(Bar(COPY, 1 / 1.1),)),
+    Case("mix out=", IMAGES, bars=(Bar(COPY, 1 / 1.05),)),
     Case("mixed and clean out=", IMAGES, bars=(Bar(COPY, 1),)),
     Case("uint8 normalise mix", IMAGES, bars=(Bar(EAGER, 5), Bar(COMPILE, 1.2))),
 )

@@ -13,7 +13,7 @@ import torch
 
 from mixupe_kernels.ops import backends
 
-from . import results, run, workloads
+from . import host, results, run, workloads
 from .cases import CPU_CASES, FLOAT32, Case, Row, Verdict
 from .timing import interleave, quartiles, ratio
 
@@ -56,6 +56,11 @@ def main(arguments: Sequence[str]) -> int:
         if options.only not in case.label or (options.quick and not case.quick):
             continue
         new_rows, new_verdicts = measure(case, rounds=7 if options.quick else 61)
+        rows, verdicts = rows + new_rows, verdicts + new_verdicts
+        for row in new_rows:
+            print(run.line(row), flush=True)
+    if options.only in host.CASE:
+        new_rows, new_verdicts = host.measure()
         rows, verdicts = rows + new_rows, verdicts + new_verdicts
         for row in new_rows:
             print(run.line(row), flush=True)

@@ -12,31 +12,11 @@ from torch import Tensor
 
 import mixupe_kernels as mk
 
-from . import check, eager, peers
-from .cases import COMPILE, COPY, EAGER, FLOAT32, Case
+from . import check, eager, mixing, peers
+from .cases import COMPILE, CROSS_ENTROPY, EAGER, FLOAT32, LINEAR_CROSS_ENTROPY, Case
+from .workload import Workload, within
 
 ETA = 1e-3  # the paper's usual η (MixupE, §4.1)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's models use them
-
-
-class Workload(NamedTuple):
-    """A case made concrete.
-
-    Attributes:
-        inputs: a NamedTuple of tensors and numbers, the argument of every call.
-        calls: contender -> function of inputs to a tuple of result tensors.
-        check: (contender, inputs, results) -> largest deviation from the reference; raises where it is too large.
-        bytes_moved: the floor, what an ideal kernel would read and write.
-    """
-
-    inputs: tuple
-    calls: dict[str, Callable[[tuple], tuple[Tensor, ...]]]
-    check: Callable[[str, tuple, tuple[Tensor, ...]], float]
-    bytes_moved: int
-
-    @property
-    def needs_grad(self) -> bool:
-        return any(isinstance(value, Tensor) and value.requires_grad for value in self.inputs)
 
 
 def backend_context(provider: str) -> AbstractContextManager:
@@ -63,146 +43,6 @@ def copies(inputs: tuple, count: int) -> list[tuple]:
 def size_of(values: tuple) -> int:
     """Bytes of the tensors among ``values``."""
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-
-def _within(error: float, dtype: torch.dtype, what: str) -> float:
-    if not error <= check.TOLERANCE[dtype]:
-        raise ValueError(
-            f"{what} deviates from the float64 reference by {error:.2g}, allowed {check.TOLERANCE[dtype]:g}"
-        )
-    return error
-
-
-# mixing ------------------------------------------------------------------------------------------------------------
-
-
-class MixInputs(NamedTuple):
-    """``weight`` is λ as the Python number that eager code has, ``lam`` the same on the device."""
-
-    x: Tensor
-    partner: Tensor
-    lam: Tensor
-    weight: float
-    rows: Tensor
-    row_lam: Tensor
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    source: Tensor | None = None
-    out: Tensor | None = None
-
-
-def _mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> MixInputs:
-    batch = shape[0]
-    if dtype == torch.uint8:
-        x = torch.randint(0, 256, shape, dtype=dtype, device=device)
-    else:
-        x = torch.randn(shape, dtype=dtype, device=device)
-    lam = torch.tensor(0.3, device=device)
-    return MixInputs(
-        x, torch.randperm(batch, device=device), lam, 0.3, torch.arange(batch, device=device), lam.expand(batch)
-    )
-
-
-def _mix_check(pairing: dict[str, Tensor], dtype: torch.dtype) -> Callable:
-    """``pairing`` holds the partners of libraries that choose their own, and draw their own λ."""
-
-    def run(provider: str, inputs: MixInputs, results: tuple[Tensor, ...]) -> float:
-        (out,) = results
-        if provider == COPY:
-            if not torch.equal(inputs.source, out):
-                raise ValueError("the copy differs from its source")
-            return 0.0
-        partner, lam = inputs.partner, inputs.row_lam
-        if provider in pairing:
-            partner = pairing[provider]
-            lam = check.fitted_lam(out, inputs.x, partner).clamp(0, 1)
-        error = check.mix_error(out, inputs.x, partner, lam, inputs.rows, inputs.scale, inputs.shift)
-        return _within(error, dtype, provider)
-
-    return run
-
-
-def _copy(inputs: MixInputs) -> tuple[Tensor]:
-    return (inputs.out.copy_(inputs.source),)
-
-
-def mix(case: Case, shape, device, backends, compiler) -> Workload:
-    """A fresh output, random partners."""
-    dtype = getattr(torch, case.dtype)
-    inputs = _mix_inputs(shape, dtype, device)
-    inputs = inputs._replace(source=inputs.x, out=torch.empty_like(inputs.x))
-    compiled = compiler(eager.mix)
-    calls = dict.fromkeys(backends, lambda i: (mk.mix(i.x, i.partner, i.lam),))
-    calls |= {
-        EAGER: lambda i: (eager.mix(i.x, i.partner, i.weight),),
-        COMPILE: lambda i: (compiled(i.x, i.partner, i.lam),),
-        COPY: _copy,
-    }
-    pairing = {}
-    if inputs.x.dim() == 4:
-        for name, (call, partner) in peers.mixers(shape[0], device).items():
-            calls[name] = lambda i, call=call: (call(i.x),)
-            pairing[name] = partner
-    return Workload(inputs, calls, _mix_check(pairing, dtype), 2 * inputs.x.nbytes)
-
-
-def mix_flip(case: Case, shape, device, backends, compiler) -> Workload:
-    """A fresh output, partner i the row B - 1 - i."""
-    workload = mix(case, shape, device, backends, compiler)
-    partner = workload.inputs.rows.flip(0)
-    calls = workload.calls | dict.fromkeys(backends, lambda i: (mk.mix(i.x, "flip", i.lam),))
-    return workload._replace(inputs=workload.inputs._replace(partner=partner), calls=calls)
-
-
-def mix_out(case: Case, shape, device, backends, compiler) -> Workload:
-    """A caller's buffer, as a data loader's ring of batches is: no page faults, no allocation."""
-    workload = mix(case, shape, device, backends, compiler)
-    calls = dict.fromkeys(backends, lambda i: (mk.mix(i.x, i.partner, i.lam, out=i.out),)) | {COPY: _copy}
-    return workload._replace(calls=calls)
-
-
-def mixed_and_clean_out(case: Case, shape, device, backends, compiler) -> Workload:
-    """The batch of MixupE's full policy: B mixed rows, B clean rows, in a caller's buffer of 2B rows."""
-    dtype = getattr(torch, case.dtype)
-    inputs = _mix_inputs(shape, dtype, device)
-    rows, batch = inputs.rows.repeat(2), shape[0]
-    both = inputs._replace(
-        rows=rows,
-        partner=torch.cat([inputs.partner, inputs.rows]),
-        row_lam=torch.cat([inputs.row_lam, torch.ones(batch, device=device)]),
-        source=inputs.x.repeat(2, *[1] * (inputs.x.dim() - 1)),
-        out=torch.empty((2 * batch, *shape[1:]), dtype=dtype, device=device),
-    )
-
-    def ours(i: MixInputs) -> tuple[Tensor]:
-        torch.ops.mixupe.mix_out(i.x, i.partner, i.row_lam, i.rows, out=i.out)
-        return (i.out,)
-
-    calls = dict.fromkeys(backends, ours) | {
-        EAGER: lambda i: (eager.mix_and_append_clean(i.x, i.partner[:batch], i.weight),),
-        COPY: _copy,
-    }
-    return Workload(both, calls, _mix_check({}, dtype), inputs.x.nbytes + both.out.nbytes)
-
-
-def normalise_mix(case: Case, shape, device, backends, compiler) -> Workload:
-    """From the loader's uint8 images to the model's batch, a fresh output."""
-    dtype = getattr(torch, case.dtype)
-    inputs = _mix_inputs(shape, torch.uint8, device)
-    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-    inputs = inputs._replace(scale=1 / (255 * std), shift=-mean / std, mean=mean, std=std)
-    compiled = compiler(eager.normalise_and_mix)
-
-    def ours(i: MixInputs) -> tuple[Tensor]:
-        return (torch.ops.mixupe.mix(i.x, i.partner, i.lam, None, i.scale, i.shift, dtype),)
-
-    calls = dict.fromkeys(backends, ours) | {
-        EAGER: lambda i: (eager.normalise_and_mix(i.x, i.partner, i.weight, i.mean, i.std, dtype),),
-        COMPILE: lambda i: (compiled(i.x, i.partner, i.lam, i.mean, i.std, dtype),),
-    }
-    return Workload(inputs, calls, _mix_check({}, dtype), inputs.x.numel() * (1 + dtype.itemsize))
 
 
 # losses ------------------------------------------------------------------------------------------------------------
@@ -276,13 +116,61 @@ def mixupe_loss(case: Case, shape, device, backends, compiler) -> Workload:
     if any(bar.against == FLOAT32 for bar in case.bars):
         inputs = inputs._replace(wide=inputs.logits.detach().float().requires_grad_())
         calls[FLOAT32] = lambda i: ours(i._replace(logits=i.wide))
+    if any(bar.against == CROSS_ENTROPY for bar in case.bars):
+        calls[CROSS_ENTROPY] = lambda i: _with_gradient(F.cross_entropy(i.logits, i.labels), i.logits, i.one)
 
     def run(provider: str, i: LossInputs, results: tuple[Tensor, ...]) -> float:
+        if provider == CROSS_ENTROPY:
+            deviation = check.Deviation()
+            deviation.add(results[0], F.cross_entropy(i.logits.detach().double(), i.labels))
+            return within(deviation.value, results[0].dtype, provider)
         errors = check.mixupe_loss_errors(*results, i.logits.detach(), i.target, i.eta, i.reg_weight, i.num_mixed)
-        _within(errors[0], torch.float32, f"{provider}: loss")
-        return _within(errors[1], results[1].dtype, f"{provider}: gradient")
+        within(errors[0], torch.float32, f"{provider}: loss")
+        return within(errors[1], results[1].dtype, f"{provider}: gradient")
 
     return Workload(inputs, calls, run, 3 * inputs.logits.nbytes)
+
+
+class LinearInputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    target: mk.MixedTarget
+
+
+def linear_loss(case: Case, shape, device, backends, compiler) -> Workload:
+    """Classifier and loss in one, forward and backward, three quarters of the rows mixed; beside plain cross-entropy's."""
+    (rows, features, classes), dtype = shape, getattr(torch, case.dtype)
+    hidden = torch.randn(rows, features, dtype=dtype, device=device).requires_grad_()
+    weight = (torch.randn(classes, features, dtype=dtype, device=device) / features**0.5).requires_grad_()
+    inputs = _loss_inputs(rows, classes, rows * 3 // 4, "float32", device)
+    inputs = LinearInputs(hidden, weight, inputs.labels, inputs.mixed_target)
+
+    def call(loss: Callable) -> Callable:
+        def run(i: LinearInputs) -> tuple[Tensor, ...]:
+            value = loss(i)
+            return value.detach(), *torch.autograd.grad(value, (i.hidden, i.weight))
+
+        return run
+
+    calls = dict.fromkeys(backends, call(lambda i: mk.linear_mixupe_loss(i.hidden, i.weight, i.target, eta=ETA)))
+    calls |= {
+        EAGER: call(lambda i: mk.mixupe_loss(F.linear(i.hidden, i.weight), i.target, eta=ETA)),
+        LINEAR_CROSS_ENTROPY: call(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.labels)),
+    }
+
+    def check_result(provider: str, i: LinearInputs, results: tuple[Tensor, ...]) -> float:
+        wide = LinearInputs(*(part.detach().double().requires_grad_() for part in i[:2]), *i[2:])
+        plain = provider == LINEAR_CROSS_ENTROPY
+        logits = F.linear(wide.hidden, wide.weight)
+        loss = F.cross_entropy(logits, i.labels) if plain else mk.mixupe_loss(logits, i.target, eta=ETA)
+        deviation = check.Deviation()
+        deviation.add(results[0], loss.detach())
+        for got, want in zip(results[1:], torch.autograd.grad(loss, wide[:2]), strict=True):
+            deviation.add(got, want)
+        return within(deviation.value, dtype, provider)
+
+    return Workload(inputs, calls, check_result, 3 * rows * classes * dtype.itemsize)
 
 
 def ce_entropy(case: Case, shape, device, backends, compiler) -> Workload:
@@ -300,7 +188,7 @@ def ce_entropy(case: Case, shape, device, backends, compiler) -> Workload:
         deviation = check.Deviation()
         for got, want in zip(results, check.ce_entropy(i.logits, i.target), strict=True):
             deviation.add(got, want)
-        return _within(deviation.value, torch.float32, provider)
+        return within(deviation.value, torch.float32, provider)
 
     return Workload(inputs, calls, run, inputs.logits.nbytes)
 
@@ -331,7 +219,7 @@ def ce_entropy_backward(case: Case, shape, device, backends, compiler) -> Worklo
     def run(provider: str, i: LossInputs, results: tuple[Tensor, ...]) -> float:
         upstream = (i.grad_ce.double(), i.grad_entropy.double(), None)
         error = check.gradient_error(results[0], upstream, i.logits, i.entropy.double(), i.lse.double(), i.target)
-        return _within(error, results[0].dtype, provider)
+        return within(error, results[0].dtype, provider)
 
     return Workload(inputs, calls, run, 2 * logits.nbytes)
 
@@ -365,21 +253,22 @@ def cross_entropy(case: Case, shape, device, backends, compiler, soft: bool = Fa
         deviation = check.Deviation()
         deviation.add(loss, ce.mean())
         # A peer may return its loss in the logits' dtype.
-        _within(deviation.value, loss.dtype, f"{provider}: loss")
+        within(deviation.value, loss.dtype, f"{provider}: loss")
         upstream = (torch.full_like(ce, 1 / rows), None, None)
         error = check.gradient_error(gradient, upstream, logits, entropy, lse, i.target)
-        return _within(error, gradient.dtype, f"{provider}: gradient")
+        return within(error, gradient.dtype, f"{provider}: gradient")
 
     return Workload(inputs, calls, run, 3 * inputs.logits.nbytes + (2 * inputs.soft.nbytes if soft else 0))
 
 
 WORKLOADS = {
-    "mix": mix,
-    "mix flip": mix_flip,
-    "mix out=": mix_out,
-    "mixed and clean out=": mixed_and_clean_out,
-    "uint8 normalise mix": normalise_mix,
+    "mix": mixing.mix,
+    "mix flip": mixing.mix_flip,
+    "mix out=": mixing.mix_out,
+    "mixed and clean out=": mixing.mixed_and_clean_out,
+    "uint8 normalise mix": mixing.normalise_mix,
     "mixupe_loss": mixupe_loss,
+    "linear loss": linear_loss,
     "ce_entropy": ce_entropy,
     "ce_entropy backward": ce_entropy_backward,
     "cross_entropy": cross_entropy,

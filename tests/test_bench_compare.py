@@ -1,10 +1,13 @@
 """``bench compare``: what counts as slower, two trees by turns, two folders, and exit statuses."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from bench import cases, compare, results, run
+from bench import cases, compare, host, results, run
 from bench.cases import Row, Verdict
 
 FAST = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]
@@ -65,3 +68,31 @@ def test_a_missed_bar_is_the_exit_status(met, status):
     verdicts = [Verdict("case", cases.EAGER, 1, 1.0, True), Verdict("case", cases.EAGER, 1, 0.5, met)]
     assert run.exit_status(verdicts, no_bars=False) == status
     assert run.exit_status(verdicts, no_bars=True) == 0
+
+
+def test_the_hosts_share_has_parts_and_a_bar():
+    rows, (verdict,) = host.measure()
+    if rows[0].note:
+        assert verdict.met is None and "cuda_emulated" in rows[0].note
+        return
+    whole, *parts = rows
+    assert whole.provider == host.WHOLE and len(parts) == 4
+    assert verdict.measured == pytest.approx(1e6 * whole.seconds) and verdict.met is not None
+
+
+def test_skipped_launches_write_nothing():
+    code = """
+import torch, mixupe_kernels as mk
+with mk.use_backend("cuda_emulated"):
+    out = torch.full((3, 4), 7.0)
+    torch.ops.mixupe.mix_out(torch.randn(3, 4), None, torch.tensor(0.5), out=out)
+    print(out.unique().tolist())
+"""
+    if not (compare.ROOT / "mixupe_kernels" / "_cuda_emulated.so").exists():
+        pytest.skip("_cuda_emulated is not built")
+    said = {}
+    for order in ("forward", "none"):
+        environment = {**os.environ, "MIXUPE_EMULATED_ORDER": order, "PYTHONPATH": str(compare.ROOT)}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        said[order] = run.stdout.strip()
+    assert said["none"] == "[7.0]" != said["forward"]

@@ -1,18 +1,17 @@
 """Who is timed in a case, as parameters of a test; a group of pytest-benchmark's is a case."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mixupe_kernels.ops import backends
 
 from .. import run, workloads
 from ..cases import Case, Row
 
-CROSS_ENTROPY = "F.cross_entropy"
 _TINY = {2: (4, 5), 4: (4, 3, 4, 4)}
 
 
@@ -24,16 +23,12 @@ def _backends(device: str) -> list[str]:
 @functools.lru_cache(maxsize=1)
 def _workload(case: Case, device: str) -> workloads.Workload:
     torch._dynamo.reset()
-    workload = workloads.build(case, device, _backends(device), torch.compile)
-    if case.family == "mixupe_loss":  # no contender for the same result, but what a loss costs at least
-        workload.calls[CROSS_ENTROPY] = lambda i: (torch.autograd.grad(F.cross_entropy(i.logits, i.labels), i.logits),)
-    return workload
+    return workloads.build(case, device, _backends(device), torch.compile)
 
 
 def _names(case: Case, device: str) -> Iterable[str]:
-    tiny = Case(case.family, _TINY[len(case.shape)], case.dtype)
-    calls = workloads.build(tiny, device, _backends(device), compiler=lambda function: function).calls
-    return [*calls, CROSS_ENTROPY] if case.family == "mixupe_loss" else calls
+    tiny = dataclasses.replace(case, shape=_TINY[len(case.shape)])
+    return workloads.build(tiny, device, _backends(device), compiler=lambda function: function).calls
 
 
 class Contender:
@@ -50,11 +45,9 @@ class Contender:
         benchmark.name = self.name
         workload = _workload(self.case, self.device)
         with torch.set_grad_enabled(workload.needs_grad), workloads.backend_context(self.name):
-            call = workload.calls[self.name]
-            if self.name != CROSS_ENTROPY:
-                rows = {self.name: Row(self.case.label, self.name)}
-                if not run.checked(workload._replace(calls={self.name: call}), rows):
-                    pytest.fail(rows[self.name].note)
+            call, rows = workload.calls[self.name], {self.name: Row(self.case.label, self.name)}
+            if not run.checked(workload._replace(calls={self.name: call}), rows):
+                pytest.fail(rows[self.name].note)
             benchmark(call, workload.inputs)
 
 

@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstdlib>
 #include <cstring>
 
 extern "C" {
@@ -14,13 +15,15 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint3
 }
 AOTITorchError torch_c10_cuda_free_error_msg(char*) { return AOTI_TORCH_SUCCESS; }
 
-// New memory holds NaN in every floating dtype, and -1 in integers: an element that no thread wrote shows.
+// New memory holds NaN in every floating dtype, and -1 in integers: an element that no thread wrote shows. Where none runs
+// (blocks.cpp), that would be all of it, and the time of it no device's.
 AOTITorchError aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, AtenTensorHandle* tensor) {
   static const auto allocate =
       reinterpret_cast<decltype(&aoti_torch_empty_strided)>(dlsym(RTLD_NEXT, "aoti_torch_empty_strided"));
   const AOTITorchError error = allocate(dim, sizes, strides, dtype, device_type, device_index, tensor);
-  if (error != AOTI_TORCH_SUCCESS) return error;
+  static const char* const order = std::getenv("MIXUPE_EMULATED_ORDER");
+  if (error != AOTI_TORCH_SUCCESS || (order && !std::strcmp(order, "none"))) return error;
   int64_t bytes = 0;
   void* data = nullptr;
   aoti_torch_get_storage_size(*tensor, &bytes);

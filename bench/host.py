@@ -1,0 +1,93 @@
+"""What the host needs to issue the loss for a device, forward and backward, by the emulated library with its launches skipped.
+
+Run as a process of its own (``python -m bench.host``): MIXUPE_EMULATED_ORDER is read when the library first runs. float16
+logits take a device's path on the CPU: the gradient is made in the backward.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .cases import ENQUEUE, Row, Verdict
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (256, 1000)
+CASE = f"host's share of mixupe_loss {SHAPE[0]}×{SHAPE[1]}"
+AT_MOST = 40.0  # µs
+WHOLE = "forward and backward"
+
+
+def parts() -> dict[str, Callable[[], object]]:
+    """The whole call, then what it is made of: each contains the ones after it in forward or backward."""
+    import mixupe_kernels as mk
+
+    rows, classes = SHAPE
+    logits = torch.randn(rows, classes, dtype=torch.float16, requires_grad=True)
+    labels, lam, mixed = torch.randint(classes, (rows,)), torch.rand(rows), rows * 4 // 5
+    weight, one = torch.tensor(0.3), torch.tensor(1.0)
+    target = mk.MixedTarget(labels, labels.flip(0), lam, mixed, rows - mixed, weight)
+    criterion, eta = mk.MixupELoss(), torch.tensor(1e-3)
+    forward = (logits.detach(), *target[:3], eta, weight, mixed, rows - mixed)
+    _, *stats = torch.ops.mixupe.mixupe_loss(*forward)
+    backward = (one, *forward[:4], *stats, mixed)
+    out = torch.empty_like(forward[0])
+
+    def without_gradient():
+        with torch.no_grad():
+            criterion(logits, target)
+
+    return {
+        WHOLE: lambda: torch.autograd.grad(criterion(logits, target), logits, one),
+        "criterion, no gradient": without_gradient,
+        "operator forward": lambda: torch.ops.mixupe.mixupe_loss(*forward),
+        "operator backward": lambda: torch.ops.mixupe.mixupe_loss_backward(*backward),
+        "operator backward, no allocation": lambda: torch.ops.mixupe.mixupe_loss_backward_out(*backward, out=out),
+    }
+
+
+def seconds(call: Callable[[], object], turns: int = 41, calls: int = 50) -> float:
+    """The median turn's, a call."""
+    times = []
+    for _ in range(turns):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls)
+    return statistics.median(times)
+
+
+def measure() -> tuple[list[Row], list[Verdict]]:
+    """A row for each part, and the bar; without figures where the library is not built (``make test`` builds it)."""
+    environment = {**os.environ, "MIXUPE_EMULATED_ORDER": "none", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.host"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if run.returncode:
+        note = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        return [Row(CASE, WHOLE, note=note)], [Verdict(CASE, ENQUEUE, AT_MOST)]
+    found = json.loads(run.stdout)
+    rows = [Row(CASE, part, enqueue_seconds=time, seconds=time, error=0.0) for part, time in found.items()]
+    measured = 1e6 * found[WHOLE]
+    return rows, [Verdict(CASE, ENQUEUE, AT_MOST, measured, measured <= AT_MOST)]
+
+
+def main() -> None:
+    import mixupe_kernels as mk
+
+    torch.set_num_threads(1)
+    with mk.use_backend("cuda_emulated"):
+        calls = parts()
+        for call in calls.values():
+            seconds(call, turns=3)
+        print(json.dumps({name: seconds(call) for name, call in calls.items()}))
+
+
+if __name__ == "__main__":
+    main()
