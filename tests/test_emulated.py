@@ -5,6 +5,7 @@ tests/ops runs the operators on it. MIXUPE_THOROUGH=1 adds builds of the whole l
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,18 @@ __global__ void reduces_twice(float* out) {
   for (int i = 0; i < 2; ++i) sum = Team<256>::reduce(sum, add);
   out[blockIdx.x * 256 + threadIdx.x] = sum;
 }
+// Threads take their neighbour's value, then write it over that of another.
+template <typename Team>
+__device__ void turns(float* out) {
+  float* own = out + blockIdx.x * 256 + threadIdx.x - Team::rank();
+  own[Team::rank()] = float(Team::rank());
+  Team::sync();
+  const float next = own[(Team::rank() + 1) % Team::threads];
+  Team::sync();
+  own[Team::rank()] = next;
+}
+__global__ void blocks_take_turns(float* out) { turns<Team<256>>(out); }
+__global__ void warps_take_turns(float* out) { turns<Team<32>>(out); }
 __global__ void asserts(float* out) {
   assert(threadIdx.x != 70 && "not this thread");
   *out = 1;
@@ -113,7 +126,7 @@ int main(int, char** arguments) {
 #define RUN(kernel) run(#kernel, kernel)
   try {
     RUN(reduces_twice), RUN(asserts), RUN(shuffles_without_a_lane), RUN(waits_at_two_places);
-    RUN(barrier_without_those_who_are_done), RUN(threads_write_one_place), RUN(blocks_write_one_place);
+    RUN(blocks_take_turns), RUN(warps_take_turns), RUN(barrier_without_those_who_are_done), RUN(threads_write_one_place), RUN(blocks_write_one_place);
   } catch (const std::exception& error) {
     std::printf("error: %s\n", error.what());
     return 1;
@@ -124,13 +137,16 @@ int main(int, char** arguments) {
 
 SANITIZED = ["-fsanitize=thread", "-std=c++17", "-O1", "-g1", "-pthread"]
 EMULATION = ROOT / "csrc" / "emulate"
-BARRIERS = (ROOT / "csrc/cuda/team.h").read_text().count("__syncthreads();")
+BARRIER = re.compile(r"__sync(?:threads|warp)\([^)]*\);")
+# The barriers of team.h in their order: the kernel of KERNELS that needs each.
+BARRIERS = ("reduces_twice", "reduces_twice", "blocks_take_turns", "warps_take_turns")
 
 
 def without_barrier(text: str, index: int) -> str:
     """The source without one of its barriers."""
-    parts = text.split("__syncthreads();")
-    return "__syncthreads();".join(parts[: index + 1]) + "__syncthreads();".join(["", *parts[index + 1 :]])[16:]
+    found = list(BARRIER.finditer(text))
+    assert len(found) == len(BARRIERS)
+    return text[: found[index].start()] + ";" + text[found[index].end() :]
 
 
 def compiled(*arguments) -> None:
@@ -146,7 +162,7 @@ def programs(tmp_path_factory):
     compiled("-fno-sanitize=thread", "-U_FORTIFY_SOURCE", "-c", EMULATION / "blocks.cpp", "-o", folder / "blocks.o")
     text = (ROOT / "csrc/cuda/team.h").read_text()
     built = []
-    for name, header in [("all", text), *((str(i), without_barrier(text, i)) for i in range(BARRIERS))]:
+    for name, header in [("all", text), *((str(i), without_barrier(text, i)) for i in range(len(BARRIERS)))]:
         (folder / name).mkdir()
         (folder / name / "team.h").write_text(header)
         program = folder / name / "program"
@@ -185,13 +201,15 @@ def run(program, kernel, order="forward"):
 def test_kernels_without_a_race_have_none_reported(programs):
     for order in ("forward", "reverse", "3"):
         assert run(programs[0], "reduces_twice", order) == (f"{255 * 128 * 256:g} {255 * 128 * 256:g}", False)
+        for kernel, last in (("blocks_take_turns", 0), ("warps_take_turns", 0)):
+            assert run(programs[0], kernel, order) == (f"1 {last}", False)
         assert run(programs[0], "barrier_without_those_who_are_done", order) == ("1 0", False)
 
 
 @needs_compiler
-@pytest.mark.parametrize("index", range(BARRIERS))
+@pytest.mark.parametrize("index", range(len(BARRIERS)))
 def test_a_deleted_barrier_is_a_race(programs, index):
-    assert run(programs[1 + index], "reduces_twice")[1]
+    assert run(programs[1 + index], BARRIERS[index])[1]
 
 
 @needs_compiler
@@ -218,6 +236,7 @@ def test_what_would_hang_or_trap_is_an_error(programs, kernel, message):
 MUTANTS = {
     "none": ("team.h", "", "", False, False),
     "a barrier less": ("team.h", "__syncthreads();", "", True, None),  # which may give any number, or an error
+    "labels not written last": ("rows.h", "Team::sync();  // the labels' columns", "//", True, None),
     "a block less": ("tiling.h", "return samples * tiles;", "return samples * tiles - 1;", False, True),
 }
 

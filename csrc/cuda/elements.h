@@ -52,9 +52,35 @@ struct alignas(sizeof(V) * count < vector_bytes ? sizeof(V) * count : vector_byt
   V values[count];
 };
 
+// Whether a pack's values are taken two at a time, by instructions that the host has not.
+template <typename V, int count>
+#ifdef __CUDA_ARCH__
+constexpr bool in_pairs = std::is_same_v<V, BFloat16> && count % 2 == 0;
+#else
+constexpr bool in_pairs = false;
+#endif
+
 template <typename V, int count>
 MIXUPE_FN bool is_aligned(const V* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Vec<V, count>) == 0;
+}
+
+// A pack's values in the type that is computed in.
+template <typename V, int count, typename T>
+MIXUPE_FN void widened(const Vec<V, count>& pack, T (&values)[count]) {
+  if constexpr (in_pairs<V, count>) {  // a bfloat16 is the upper half of a float: one instruction each
+#ifdef __CUDA_ARCH__
+    const auto* pairs = reinterpret_cast<const unsigned*>(&pack);
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) {
+      values[2 * i] = __uint_as_float(pairs[i] << 16);
+      values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+#endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) values[i] = widen(pack.values[i]);
+  }
 }
 
 // `count` values from anywhere: in 16-byte loads where the address allows it.
@@ -67,15 +93,28 @@ MIXUPE_FN void load(const V* from, T (&values)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) pack.values[i] = from[i];
   }
+  widened(pack, values);
+}
+
+template <typename V, int count, typename T>
+MIXUPE_FN Vec<V, count> narrowed(const T (&values)[count]) {
+  Vec<V, count> pack;
+  if constexpr (in_pairs<V, count>) {
+#ifdef __CUDA_ARCH__
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&pack);
 #pragma unroll
-  for (int i = 0; i < count; ++i) values[i] = widen(pack.values[i]);
+    for (int i = 0; i < count / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+#endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) pack.values[i] = narrow<V>(values[i]);
+  }
+  return pack;
 }
 
 template <int count, typename V, typename T>
 MIXUPE_FN void store(const T (&values)[count], V* to) {
-  Vec<V, count> pack;
-#pragma unroll
-  for (int i = 0; i < count; ++i) pack.values[i] = narrow<V>(values[i]);
+  const auto pack = narrowed<V>(values);
   if (is_aligned<V, count>(to)) {
     *reinterpret_cast<Vec<V, count>*>(to) = pack;
   } else {
@@ -105,15 +144,76 @@ MIXUPE_FN int64_t edge_index(const Span& span, int64_t e) {
   return e < span.head ? e : e + span.packs * pack;
 }
 
+// The greatest of a pack's values and `least`; NaNs are left out.
+template <typename V, int count, typename T>
+MIXUPE_FN T max_of(const Vec<V, count>& pack, T least) {
+  if constexpr (in_pairs<V, count>) {
+#ifdef __CUDA_ARCH__
+    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&pack);
+    __nv_bfloat162 most = pairs[0];
+#pragma unroll
+    for (int i = 1; i < count / 2; ++i) most = __hmax2(most, pairs[i]);
+    return fmaxf(least, fmaxf(__low2float(most), __high2float(most)));
+#endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) least = fmax(least, T(widen(pack.values[i])));
+  }
+  return least;
+}
+
+// Packs that a thread asks for before it uses the first.
+constexpr int packs_in_flight = 4;
+
+template <typename V, int count>
+struct Flight {
+  Vec<V, count> packs[packs_in_flight];
+};
+
+// Calls body(flight, index of its first pack, whether all are there) for the share of a team's thread in the `packs` from an aligned
+// address on; a flight's packs lie `threads` apart. `other` is in place of packs past the end.
+template <typename Team, int count, typename V, typename F>
+MIXUPE_FN void for_each_flight(const V* aligned, int packs, V other, const F& body) {
+  const auto* from = reinterpret_cast<const Vec<V, count>*>(aligned);
+  constexpr int step = packs_in_flight * Team::threads;
+  Flight<V, count> flight;
+  int begin = 0;
+#pragma unroll 1
+  for (; begin + step <= packs; begin += step) {
+    const int first = begin + Team::rank();
+#pragma unroll
+    for (int d = 0; d < packs_in_flight; ++d) flight.packs[d] = from[first + d * Team::threads];
+    body(flight, first, std::true_type{});
+  }
+  if (begin == packs) return;
+  const int first = begin + Team::rank();
+#pragma unroll
+  for (int d = 0; d < packs_in_flight; ++d) {
+    if (first + d * Team::threads < packs) {
+      flight.packs[d] = from[first + d * Team::threads];
+    } else {
+#pragma unroll
+      for (int i = 0; i < count; ++i) flight.packs[d].values[i] = other;
+    }
+  }
+  body(flight, first, std::false_type{});
+}
+
 template <int n>
 using Count = std::integral_constant<int, n>;
+
+// Calls body(index) for the share of thread `rank` of `threads` in the row's single elements.
+template <int pack, typename F>
+MIXUPE_FN void for_each_edge(const Span& span, int rank, int threads, const F& body) {
+#pragma unroll 1
+  for (int64_t e = rank; e < span.size - span.packs * pack; e += threads) body(edge_index<pack>(span, e));
+}
 
 // Calls body(count, index) for the shares of thread `rank` of `threads` in packs [begin, end) and, with the first pack,
 // in the row's single elements: elements index, ..., index + count.value - 1 each time.
 template <int pack, typename F>
 MIXUPE_FN void for_each_pack(const Span& span, int64_t begin, int64_t end, int rank, int threads, const F& body) {
-  if (begin == 0)
-    for (int64_t e = rank; e < span.size - span.packs * pack; e += threads) body(Count<1>{}, edge_index<pack>(span, e));
+  if (begin == 0) for_each_edge<pack>(span, rank, threads, [&](int64_t k) { body(Count<1>{}, k); });
 #pragma unroll 1
   for (int64_t p = begin + rank; p < end; p += threads) body(Count<pack>{}, span.head + p * pack);
 }

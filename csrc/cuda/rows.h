@@ -59,7 +59,7 @@ template <int count, typename T>
 __device__ __forceinline__ void add_logits(const T (&z)[count], Stats<T>& stats) {
   T max = stats.max;
 #pragma unroll
-  for (int i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
+  for (int i = 0; i < count; ++i) max = fmax(max, z[i]);
   if (max > stats.max) stats = merge(stats, Stats<T>{max, T(0), T(0)});  // rarely so after the first few packs
   const T shift = finite_shift(max);
 #pragma unroll
@@ -76,11 +76,25 @@ template <typename Team, typename L, typename T = Accumulate<L>>
 __device__ Stats<T> row_sums(const L* z, const Span& span) {
   constexpr int pack = pack_of<L>;
   Stats<T> stats = empty_stats<T>();
-  for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
-    T values[count.value];
-    load(z + k, values);
-    add_logits(values, stats);
+  for_each_edge<pack>(span, Team::rank(), Team::threads, [&](int64_t k) {
+    const T value[1] = {T(widen(z[k]))};
+    add_logits(value, stats);
   });
+  const auto add = [&](const auto& flight, int, auto) {
+    T max = stats.max;
+#pragma unroll
+    for (const auto& one : flight.packs) max = max_of(one, max);
+    if (max > stats.max) stats = merge(stats, Stats<T>{max, T(0), T(0)});  // rarely so after the first few packs
+    const T shift = finite_shift(max);
+#pragma unroll
+    for (const auto& one : flight.packs) {
+      T values[pack];
+      widened(one, values);
+#pragma unroll
+      for (int i = 0; i < pack; ++i) add_logit(values[i], shift, stats.sum, stats.weighted);
+    }
+  };
+  for_each_flight<Team, pack>(z + span.head, static_cast<int>(span.packs), narrow<L>(T(-INFINITY)), add);
   return join_stats<Team>(stats);
 }
 
@@ -240,6 +254,45 @@ __device__ T target_mass(const Targets<T>& t, const Labels<T>& l, int64_t row, c
   return T(mass) + (t.dense ? T(0) : l.own_weight + l.partner_weight);
 }
 
+// A column's dz. Its label term meets the rest before the one rounding to the logits' dtype: in bfloat16 a later subtraction would
+// lose the whole gradient where p is near 1.
+template <bool sigmoid, typename T>
+__device__ __forceinline__ T column_gradient(T z, T y, const RowGradient<T>& g, const SoftmaxGradient<T>& of_row) {
+  return sigmoid ? sigmoid_gradient(z, y, g) : softmax_gradient(z, of_row.shift, of_row.level, of_row.slope) - g.ce * y;
+}
+
+// The gradient of a row whose targets are its labels alone: as if it had none, and then theirs written over it.
+template <typename Team, bool sigmoid, typename L, typename T>
+__device__ __forceinline__ void write_labelled(const L* z, L* out, const Labels<T>& l, const Span& span,
+                                               const RowGradient<T>& g, const SoftmaxGradient<T>& of_row) {
+  constexpr int pack = pack_of<L>;
+  const T own = widen(z[l.own]), partner = widen(z[l.partner]);
+  Team::sync();  // before others write: `out` may be the logits
+  for_each_edge<pack>(span, Team::rank(), Team::threads, [&](int64_t k) {
+    out[k] = narrow<L>(column_gradient<sigmoid>(T(widen(z[k])), T(0), g, of_row));
+  });
+  const int packs = static_cast<int>(span.packs);
+  auto* to = reinterpret_cast<Vec<L, pack>*>(out + span.head);
+  const auto write = [&](const auto& flight, int first, auto all) {
+#pragma unroll
+    for (int d = 0; d < packs_in_flight; ++d) {
+      T values[pack];
+      widened(flight.packs[d], values);
+#pragma unroll
+      for (T& value : values) value = column_gradient<sigmoid>(value, T(0), g, of_row);
+      const int p = first + d * Team::threads;
+      if (all.value || p < packs) to[p] = narrowed<L>(values);
+    }
+  };
+  for_each_flight<Team, pack>(z + span.head, packs, L{}, write);
+  Team::sync();  // the labels' columns are written last
+  if (Team::rank() != 0) return;
+  const bool same = l.own == l.partner;
+  out[l.own] =
+      narrow<L>(column_gradient<sigmoid>(own, same ? l.own_weight + l.partner_weight : l.own_weight, g, of_row));
+  if (!same) out[l.partner] = narrow<L>(column_gradient<sigmoid>(partner, l.partner_weight, g, of_row));
+}
+
 template <typename Team, bool sigmoid, typename L>
 __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_rows(const Backward<L> job) {
   using T = Accumulate<L>;
@@ -261,16 +314,14 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
     of_row = gradient_of_sums(stats, log_sum(stats), row_upstream.level, g);
   }
   const Span span = span_of<L, pack>(out, t.classes);
+  if (!t.everywhere() && is_aligned<L, pack>(z + span.head))
+    return write_labelled<Team, sigmoid>(z, out, l, span, g, of_row);
   for_each_pack<pack>(span, 0, span.packs, Team::rank(), Team::threads, [&](auto count, int64_t k) {
     T values[count.value], y[count.value];
     load(z + k, values);
     load_targets(t, l, row, k, y);
-    // The label term meets the rest before the one rounding to the logits' dtype: in bfloat16 a later subtraction
-    // would lose the whole gradient where p is near 1.
 #pragma unroll
-    for (int i = 0; i < count.value; ++i)
-      values[i] = sigmoid ? sigmoid_gradient(values[i], y[i], g)
-                          : softmax_gradient(values[i], of_row.shift, of_row.level, of_row.slope) - g.ce * y[i];
+    for (int i = 0; i < count.value; ++i) values[i] = column_gradient<sigmoid>(values[i], y[i], g, of_row);
     store(values, out + k);
   });
 }

@@ -62,6 +62,15 @@ struct Team {
     return from_first_lane(value);
   }
 
+  // What the team's threads wrote before is seen by all of them after. Every thread of the team must call it.
+  static __device__ void sync() {
+    if constexpr (warps > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp(whole_warp);
+    }
+  }
+
  private:
   // Joins the first `lanes` lanes of a warp into lane 0; what the others hold afterwards is of no use.
   template <int lanes, typename V, typename F>

@@ -43,6 +43,8 @@ struct Meeting {
 struct Warp {
   Meeting shuffle{"a shuffle"};
   unsigned words[2][warp_size];
+  Meeting barrier{"__syncwarp"};
+  char ordered[2];
 };
 
 struct Thread {
@@ -213,10 +215,22 @@ unsigned __shfl_down_sync(unsigned mask, unsigned word, int offset) {
   return emulated::exchange(mask, word, emulated::block->current % emulated::warp_size + offset);
 }
 
-void __syncthreads() {
-  emulated::Block* block = emulated::block;
-  char* order = &block->ordered[block->barrier.place()];
+namespace {
+
+// Waits for `expected` threads; all that they did before is done for those after it.
+void meet(emulated::Meeting& barrier, char* ordered, int expected) {
+  char* order = &ordered[barrier.place()];
   emulated::release(order);
-  emulated::wait_at(block->barrier, block->live);
+  emulated::wait_at(barrier, expected);
   emulated::acquire(order);
+}
+
+}  // namespace
+
+void __syncthreads() { meet(emulated::block->barrier, emulated::block->ordered, emulated::block->live); }
+
+void __syncwarp(unsigned mask) {
+  if (mask != 0xffffffffu) throw std::runtime_error("a part of a warp is not emulated");
+  emulated::Warp& warp = emulated::block->warps[emulated::block->current / emulated::warp_size];
+  meet(warp.barrier, warp.ordered, emulated::warp_size);
 }

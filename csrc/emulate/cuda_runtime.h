@@ -28,6 +28,7 @@ extern thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 unsigned __shfl_sync(unsigned mask, unsigned word, int lane);
 unsigned __shfl_down_sync(unsigned mask, unsigned word, int offset);
 void __syncthreads();
+void __syncwarp(unsigned mask);
 
 namespace emulated {
 
