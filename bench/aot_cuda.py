@@ -63,8 +63,8 @@ CUDA = (
     ("loss.cu", "(forward|backward)_rows<Team<32>, false, {}>", "mixupe_loss", "mixed", (4096, 1000)),
     ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (1024, 21841)),
     ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (64, 128256)),
-    ("mix.cu", "mix_rows<{}.*", "mix", "random", (256, 3, 224, 224)),
-    ("mix.cu", "flip_rows<{}.*", "mix", "flip", (256, 3, 224, 224)),
+    ("mix.cu", "mix_aligned<false, {}, .*", "mix", "random", (256, 3, 224, 224)),
+    ("mix.cu", "mix_aligned<true, {}, .*", "mix", "flip", (256, 3, 224, 224)),
 )
 CUDA_NAMES = {
     "float32": "float",

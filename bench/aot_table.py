@@ -66,7 +66,7 @@ COUNTED = {
     "mix_pairs": (True, 0),
     "forward_rows": (False, 1),
     "backward_rows": (True, 1),
-    "flip_rows": (True, 0),
+    "mix_aligned": (True, 0),
 }
 COUNTED_TARGETS = ("sm_90", "sm_100")
 
@@ -80,7 +80,7 @@ class Bar(NamedTuple):
 
 
 LONG = r"mixed-bfloat16-\d+x(1000|21841|128256) "
-IMAGES = "256x3x224x224 mix_|256x3x224x224 flip_"
+IMAGES = "256x3x224x224 mix_"
 BARS = (
     Bar(LONG + "(row_stats|forward_rows)", "instructions", 10),
     Bar(LONG + "(row_stats|forward_rows)", "barriers", 0),

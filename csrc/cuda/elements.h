@@ -8,6 +8,7 @@
 
 #include <cassert>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../operators/dtypes.h"
@@ -56,13 +57,29 @@ struct alignas(sizeof(V) * count < vector_bytes ? sizeof(V) * count : vector_byt
 template <typename V, int count>
 #ifdef __CUDA_ARCH__
 constexpr bool in_pairs = std::is_same_v<V, BFloat16> && count % 2 == 0;
+template <typename V, int count>
+constexpr bool in_words = std::is_same_v<V, uint8_t> && count % 4 == 0;
 #else
 constexpr bool in_pairs = false;
+template <typename V, int count>
+constexpr bool in_words = false;
 #endif
 
 template <typename V, int count>
 MIXUPE_FN bool is_aligned(const V* p) {
   return reinterpret_cast<uintptr_t>(p) % alignof(Vec<V, count>) == 0;
+}
+
+// 16 bytes of a row as four words: packs of narrow values that are chosen between fall apart into them.
+struct alignas(vector_bytes) Words {
+  unsigned words[4];
+};
+
+template <typename V>
+MIXUPE_FN Words words_of(const Vec<V, vector_bytes / sizeof(V)>& pack) {
+  Words words;
+  memcpy(&words, &pack, sizeof words);
+  return words;
 }
 
 // A pack's values in the type that is computed in.
@@ -80,6 +97,24 @@ MIXUPE_FN void widened(const Vec<V, count>& pack, T (&values)[count]) {
   } else {
 #pragma unroll
     for (int i = 0; i < count; ++i) values[i] = widen(pack.values[i]);
+  }
+}
+
+// What `biased` adds to a byte: 2^23, of which a float's last eight bits are the byte's; the host has no such instruction.
+template <int count>
+constexpr float byte_bias = in_words<uint8_t, count> ? 8388608.f : 0.f;
+
+template <int count>
+MIXUPE_FN void biased(const Vec<uint8_t, count>& pack, float (&values)[count]) {
+  if constexpr (in_words<uint8_t, count>) {
+#ifdef __CUDA_ARCH__
+    const auto* words = reinterpret_cast<const unsigned*>(&pack);
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      values[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7540u + i % 4));
+#endif
+  } else {
+    widened(pack, values);
   }
 }
 

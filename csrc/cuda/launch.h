@@ -9,17 +9,24 @@
 
 namespace mixupe {
 
+// Blocks of a launch in each dimension, of which CUDA allows 2^31 - 1 and twice 65535.
+struct Grid {
+  int64_t x, y, z;
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}  // a number of blocks is a grid
+};
+
 // kernel(job) on the device and the current stream of `like`; no blocks, no launch.
 template <typename Job>
-void launch(void (*kernel)(Job), int64_t blocks, int threads, const Tensor& like, const Job& job) {
-  if (blocks == 0) return;
-  require(blocks <= INT32_MAX, "a launch of ", blocks, " blocks is past CUDA's limit of 2^31 - 1");
+void launch(void (*kernel)(Job), const Grid& blocks, int threads, const Tensor& like, const Job& job) {
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+  require(blocks.x <= INT32_MAX, "a launch of ", blocks.x, " blocks is past CUDA's limit of 2^31 - 1");
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   cudaLaunchConfig_t config{};
-  config.gridDim.x = static_cast<unsigned>(blocks), config.blockDim.x = static_cast<unsigned>(threads);
+  config.gridDim = {static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z)};
+  config.blockDim.x = static_cast<unsigned>(threads);
   config.stream = static_cast<cudaStream_t>(stream);
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, job));
 }

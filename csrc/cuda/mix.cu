@@ -107,8 +107,170 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) fl
   });
 }
 
+// Samples without a box whose packs are aligned and whole, as most are, normalised if they are bytes: no branch but for the end of a tile, and both samples asked
+// for before either is used. A block works within one plane of a sample: a channel where there
+// is a scale, else all of it. Blocks are (sample, tile, plane), so that nothing is divided.
+template <typename In, typename Out>
+struct AlignedJob {
+  MixSamples<In> samples;
+  Out* out;
+  int64_t out_stride, plane;  // elements
+  int packs;                  // of a plane
+  unsigned packs_per_tile;
+};
+
+// 16 bytes of x for a load, and four loads of each sample a thread, of bytes two.
+template <typename In>
+constexpr int aligned_pack = vector_bytes / sizeof(In);
+template <typename In>
+constexpr int packs_each = sizeof(In) == 1 ? 2 : packs_per_thread;
+
+// What a sample of weight 0 is taken for: its product leaves every other summand as it is.
+template <typename In>
+__device__ __forceinline__ Words nothing() {
+  Vec<In, aligned_pack<In>> pack;
+#pragma unroll
+  for (In& value : pack.values) value = narrow<In>(-Accumulate<In>(0));
+  return words_of<In>(pack);
+}
+
+__device__ __forceinline__ Words choose(bool which, const Words& yes, const Words& no) {
+  Words chosen;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) chosen.words[i] = which ? yes.words[i] : no.words[i];
+  return chosen;
+}
+
+// The factor and summand of a plane's elements.
+template <typename T>
+struct Affine {
+  T scale, shift;
+};
+
+template <typename In, typename Out, typename T>
+__device__ __forceinline__ void write_mixed(const Words& own, const Words& other, T lam, Affine<T> affine,
+                                            Vec<Out, aligned_pack<In>>* out) {
+  constexpr int pack = aligned_pack<In>;
+  Vec<In, pack> packs[2];
+  memcpy(&packs[0], &own, sizeof own);
+  memcpy(&packs[1], &other, sizeof other);
+  T first[pack], second[pack];
+  if constexpr (sizeof(In) == 1) {
+    // λ (v + bias) - λ bias is one multiply-add and rounds once, as λ v does.
+    constexpr T bias = byte_bias<pack>;
+    const T rest = T(1) - lam;
+    biased(packs[0], first);
+    biased(packs[1], second);
+#pragma unroll
+    for (int i = 0; i < pack; ++i) {
+      const T mixed = (first[i] * lam - bias * lam) + (second[i] * rest - bias * rest);
+      first[i] = mixed * affine.scale + affine.shift;
+    }
+  } else {
+    widened(packs[0], first);
+    widened(packs[1], second);
+#pragma unroll
+    for (int i = 0; i < pack; ++i) first[i] = mix(first[i], second[i], lam);
+  }
+  *out = narrowed<Out>(first);
+}
+
+template <bool flips, typename In, typename Out>
+__global__ void __launch_bounds__(most_threads, flips ? 2 : least_threads / most_threads)
+    mix_aligned(const AlignedJob<In, Out> job) {
+  using T = Accumulate<In>;
+  using OutPack = Vec<Out, aligned_pack<In>>;
+  constexpr int each = packs_each<In>;
+  const MixSamples<In>& samples = job.samples;
+  const int64_t row = blockIdx.x, channel = blockIdx.z;
+  const int first = static_cast<int>(blockIdx.y * job.packs_per_tile + threadIdx.x), end = job.packs;
+  const int64_t own_row = flips ? row : samples.own(row);
+  const int64_t other_row = flips ? samples.batch - 1 - row : samples.other(row, own_row);
+  const T lam = samples.lam[row], mirror_lam = flips ? samples.lam[other_row] : lam;
+  const bool are_rows = own_row >= 0 && own_row < samples.batch && other_row >= 0 && other_row < samples.batch;
+  const bool are_weights = lam >= T(0) && lam <= T(1) && mirror_lam >= T(0) && mirror_lam <= T(1);
+  assert(are_rows && are_weights && "partner and rows must be rows of x, and lam must be in [0, 1]");
+  const auto* own = reinterpret_cast<const Words*>(samples.x + own_row * samples.stride + channel * job.plane);
+  const auto* other = reinterpret_cast<const Words*>(samples.x + other_row * samples.stride + channel * job.plane);
+  const Affine<T> affine =
+      samples.scale ? Affine<T>{samples.scale[channel], samples.shift[channel]} : Affine<T>{T(1), T(0)};
+  const bool own_read = flips || lam != T(0), other_read = flips || lam != T(1);
+  Words firsts[each], seconds[each];
+#pragma unroll
+  for (int d = 0; d < each; ++d) {
+    const int p = first + d * blockDim.x;
+    firsts[d] = seconds[d] = nothing<In>();
+    if (own_read && p < end) firsts[d] = own[p];
+    if (other_read && p < end) seconds[d] = other[p];
+  }
+  auto* out = reinterpret_cast<OutPack*>(job.out + row * job.out_stride + channel * job.plane);
+  auto* mirror = reinterpret_cast<OutPack*>(job.out + other_row * job.out_stride + channel * job.plane);
+#pragma unroll
+  for (int d = 0; d < each; ++d) {
+    const int p = first + d * blockDim.x;
+    if (p >= end) return;
+    if constexpr (flips) {
+      // The two are read for one another, whatever their weights.
+      const auto write = [&](const Words& ours, const Words& theirs, T weight, OutPack* to) {
+        write_mixed<In, Out>(choose(weight == T(0), nothing<In>(), ours), choose(weight == T(1), nothing<In>(), theirs),
+                             weight, affine, to);
+      };
+      write(firsts[d], seconds[d], lam, out + p);
+      if (other_row != row) write(seconds[d], firsts[d], mirror_lam, mirror + p);
+    } else {
+      write_mixed<In, Out>(firsts[d], seconds[d], lam, affine, out + p);
+    }
+  }
+}
+
+inline bool are_multiples(int64_t of, std::initializer_list<int64_t> numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [=](int64_t number) { return number % of == 0; });
+}
+
+// Launches mix_aligned if it serves the call.
+template <typename In, typename Out>
+bool run_aligned(const MixSamples<In>& samples, const Tensor& out) {
+  constexpr int pack = aligned_pack<In>;
+  const bool scaled = static_cast<bool>(samples.scale);
+  const int64_t plane = scaled ? samples.channel_stride : samples.sample;
+  const auto x = static_cast<int64_t>(reinterpret_cast<uintptr_t>(samples.x));
+  const auto to = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out.const_data_ptr()));
+  // Channels that are innermost have no planes.
+  const bool apart = !scaled || samples.channel_stride * samples.channels == samples.sample;
+  if (samples.box || (scaled && sizeof(In) > 1) || !apart || plane == 0 || plane / pack > INT32_MAX) return false;
+  if (!are_multiples(vector_bytes, {x, to}) || !are_multiples(pack, {plane, samples.stride, out.stride(0)}))
+    return false;
+  const int64_t rows = samples.flips() ? (samples.count + 1) / 2 : samples.count;
+  const Tiling tiling(rows, plane, pack, packs_each<In>);
+  const Grid grid{rows, tiling.tiles, samples.sample / plane};
+  if (grid.y > UINT16_MAX || grid.z > UINT16_MAX) return false;
+  const AlignedJob<In, Out> job{samples,
+                                data<Out>(out),
+                                out.stride(0),
+                                plane,
+                                static_cast<int>(plane / pack),
+                                static_cast<unsigned>(tiling.packs_per_tile)};
+  launch(samples.flips() ? mix_aligned<true, In, Out> : mix_aligned<false, In, Out>, grid, tiling.threads, out, job);
+  return true;
+}
+
+// The pairs of dtypes that are common.
+template <typename In>
+bool run_common(const MixSamples<In>& samples, const Tensor& out) {
+  if constexpr (std::is_same_v<In, double>) return false;
+  const ScalarType dtype = out.scalar_type();
+  if constexpr (sizeof(In) == 1) {
+    if (dtype == ScalarType::BFloat16) return run_aligned<In, BFloat16>(samples, out);
+    if (dtype == ScalarType::Half) return run_aligned<In, Half>(samples, out);
+    return dtype == ScalarType::Float && run_aligned<In, float>(samples, out);
+  } else {
+    return dtype == dtype_of<In>() && run_aligned<In, In>(samples, out);
+  }
+}
+
 template <typename In>
 void run_mix(const MixSamples<In>& samples, const Tensor& out) {
+  if (run_common(samples, out)) return;
   const bool pairs = samples.flips();
   const auto element = static_cast<int64_t>(out.element_size());
   const MixJob<In> job{Tiling(pairs ? (samples.count + 1) / 2 : samples.count, samples.sample, pack_of<In>),

@@ -168,7 +168,10 @@ void run_block(Launch& launch, int64_t index) {
   const size_t size = launch.config.blockDim.x;
   block = &own;
   gridDim = launch.config.gridDim, blockDim = launch.config.blockDim;
-  blockIdx.x = static_cast<unsigned>(index);
+  const auto place = static_cast<uint64_t>(index);
+  blockIdx.x = static_cast<unsigned>(place % gridDim.x);
+  blockIdx.y = static_cast<unsigned>(place / gridDim.x % gridDim.y);
+  blockIdx.z = static_cast<unsigned>(place / gridDim.x / gridDim.y);
   own.launch = &launch;
   if (own.threads.size() < size) own.threads.resize(size);
   own.warps.assign(size / warp_size, Warp{});
@@ -195,7 +198,7 @@ void launch(const cudaLaunchConfig_t& config, const Kernel& kernel) {
   if (threads == 0 || threads % warp_size || threads > most_threads)
     throw std::runtime_error("blocks of " + std::to_string(threads) + " threads are not emulated");
   Launch launch{config, kernel, 0, nullptr, {}};
-  for (const int64_t index : ordered(config.gridDim.x)) {
+  for (const int64_t index : ordered(int64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z)) {
     if (watched()) {
       // A thread of the host has __shared__ variables of its own; its end orders nothing but what it did itself.
       std::thread([&] { run_block(launch, index); }).join();

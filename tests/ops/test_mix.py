@@ -142,8 +142,9 @@ def test_flip_mixes_in_place(backend, batch):
     assert torch.equal(x, expected)
 
 
-def test_weight_zero_is_not_read(backend):
-    x = torch.randn(4, 50)
+@pytest.mark.parametrize("length", [50, 64])  # and of whole 16-byte vectors
+def test_weight_zero_is_not_read(backend, length):
+    x = torch.randn(4, length)
     x[2:] = torch.nan
     partner, lam = torch.tensor([2, 0, 0, 1]), torch.tensor([1.0, 0.5, 0.0, 0.0])
     assert torch.equal(ops.mix(x, partner, lam)[[0, 2, 3]], x[[0, 0, 1]])
@@ -181,7 +182,7 @@ def test_a_box_past_the_image_ends_with_it(backend, edges, memory_format):
 
 
 @pytest.mark.parametrize("partner", [None, "random"])
-@pytest.mark.parametrize("shape", [(2, 3, 65, 64), (3, 2, 97, 101)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 65, 64), (3, 2, 97, 101), (3, 3, 104, 128)], ids=str)
 def test_channels_longer_than_a_tile(backend, shape, partner):
     """Triton's tiles then have two channels at most: the ends of channels are within tiles and at their ends."""
     x, lam = torch.randint(256, shape, dtype=torch.uint8), torch.rand(shape[0])
