@@ -29,6 +29,7 @@ def _check_terms(classes, soft=False, **options):
         target = target._replace(
             labels=target.labels.where(target.labels != -100, own), partner_labels=target.labels.abs()
         )
+        target.labels[1], target.partner_labels[:3] = options["ignore_index"], options["ignore_index"]
     logits.requires_grad_()
     wanted = mk.ce_entropy(logits, target, **options)
     weights = torch.rand(3, len(logits), generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -151,7 +152,8 @@ def case_linear_loss_of_divided_classes():
 
 
 def case_dtensors():
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     logits, target = logits_and_target(1000)
