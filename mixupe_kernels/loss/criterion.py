@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks, debug, ops
 from ..conventions import accumulate_dtype, rewritten, scalar
 from ..ops import LossArguments
+from ..ops import ranks as over_ranks
 from ..ops.ranks import Ranks
 from ..target import Parsed, as_scalar, check_multilabel, is_composed, parse, renamed
 from .composed import composed_loss
@@ -69,14 +70,18 @@ def _loss(
 def _loss_over_ranks(
     target: Tensor | tuple, parsed: Parsed, arguments: LossArguments, options: Options, q: Tensor | None, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """The composed loss of rows, or of classes, that other ranks have, too."""
+    """The loss of rows, or of classes, that other ranks have, too: fused where only rows are theirs and logits are learned."""
     if options.inplace_backward:
         raise ValueError("inplace_backward must be False where other ranks have rows or classes, too, got True")
     if isinstance(ranks.merge, StepRows):
         arguments = ranks.merge.share_of(arguments)
+    more = ranks.shard is not None or q is not None or options.function is not None or is_composed(parsed.target)
+    composed = more or torch.compiler.is_compiling()
     if debug.ON:
-        debug.ran("loss", "composed, over ranks")
+        debug.ran("loss", f"{'composed' if composed else 'fused'}, over ranks")
     try:
+        if not composed:
+            return over_ranks.fused_loss(parsed.rows, parsed.target, arguments, ranks.merge)
         return composed_loss(parsed.rows, parsed.target, arguments, options.function, q, ranks)
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None

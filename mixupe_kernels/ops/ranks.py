@@ -14,6 +14,7 @@ from torch import Tensor
 from ..conventions import IGNORE_INDEX, accumulate_dtype, wide_dtype
 from . import losses, reference
 from .arguments import LossArguments, RowGradients, RowOptions, RowOutputs, RowTarget
+from .registration import below_autograd
 
 
 def all_gather(mine: Tensor, group: Any) -> Tensor:
@@ -57,6 +58,31 @@ class RowsOverRanks(NamedTuple):
     def factor(self) -> int:
         """What the gradient of the loss is multiplied by."""
         return dist.get_world_size(self.group)
+
+
+class _LossOverRanks(losses._FusedLoss):
+    """(loss, parts) of all ranks' rows, with one kernel for each row's terms and one for the gradient, as the fused loss has."""
+
+    @staticmethod
+    def forward(ctx, logits, target, arguments, merge):  # type: ignore[override]
+        outputs = RowOutputs(*below_autograd(losses.ce_entropy_op, logits, *target, *arguments.of_rows()))
+        loss, parts, signed_entropy = reference.penalized(outputs, target, arguments, merge)
+        ctx.save_for_backward(logits, *target, parts, signed_entropy, outputs.lse)
+        ctx.options, ctx.factor = arguments.of_backward(), merge.factor()
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        gradient, *_ = losses._FusedLoss.backward(ctx, None if grad is None else grad * ctx.factor, None)
+        return gradient, None, None, None
+
+
+def fused_loss(logits: Tensor, target: RowTarget, arguments: LossArguments, merge: Any) -> tuple[Tensor, Tensor]:
+    """(loss, parts) of all ranks' rows, of a target that is a constant; ``merge`` is of the six sums over this rank's."""
+    arguments.check(logits)
+    return _LossOverRanks.apply(logits, target, arguments, merge)
 
 
 # Classes over ranks ------------------------------------------------------------------------------------------------------

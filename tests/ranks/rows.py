@@ -139,6 +139,25 @@ def case_accumulation_with_fsdp2():
     _check_accumulation(fully_shard, _fsdp_without_sync)
 
 
+def case_second_derivatives():
+    rank, ranks = rank_and_ranks()
+    batches = [(torch.randn(target.num_rows, CLASSES, dtype=torch.float64), target) for _, target in _batches(UNEVEN)]
+    mixed = sum(target.num_mixed for _, target in batches[:rank])
+
+    def gradients(logits, target, **options):
+        logits = logits.clone().requires_grad_()
+        loss = mk.mixupe_loss(logits, target, **OPTIONS, **options)
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), logits)[0]
+
+    logits, target = batches[rank]
+    own = slice(mixed, mixed + target.num_mixed)
+    first, second = gradients(logits, target, process_group=group())
+    wanted, wanted_second = gradients(*joined(batches))
+    close(first[: target.num_mixed], ranks * wanted[own])
+    close(second[: target.num_mixed], ranks**2 * wanted_second[own])
+
+
 def case_linear_loss_of_all_rows():
     rank, ranks = rank_and_ranks()
     batches = _batches(UNEVEN)
