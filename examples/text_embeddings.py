@@ -32,8 +32,9 @@ def docstrings():
 
 def texts(args):
     """(n, LENGTH) ids, 0 where there is no word; labels; the numbers of words and classes."""
-    rows = list(docstrings())
-    if args.data != "docstrings":
+    if args.data == "docstrings":
+        rows = list(docstrings())
+    else:
         rows = [line.rsplit("\t", 1) for line in Path(args.data).read_text().splitlines()]
     words = [re.findall(r"[a-z]+", text.lower())[:LENGTH] for text, _ in rows]
     vocabulary = {word: number for number, word in enumerate(sorted({word for row in words for word in row}), 1)}

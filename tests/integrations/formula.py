@@ -1,4 +1,4 @@
-"""Mixing and the loss written out in plain torch, in float64: what every library's loop is compared with."""
+"""Mixing and the loss written out in plain torch, in float64: what every library's loop is compared with, gradients too."""
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +91,13 @@ class Followed:
             value = forward(module, logits, target, q)
             if isinstance(target, mk.MixedTarget) and self.losses < self.most:
                 assert logits.dtype is torch.float64, "compared in float64"
-                expected = loss(logits.detach(), target, module)
-                torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=1e-12)
+                again = logits.detach().requires_grad_()
+                expected = loss(again, target, module)
+                torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
+                # With η̂ the value is |L₀| whatever R is; the gradient has it.
+                (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+                (wanted,) = torch.autograd.grad(expected, again)
+                torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
                 self.losses += 1
             elif self.stops and self.losses == self.most:
                 raise Enough

@@ -1,14 +1,17 @@
 """Every example runs, learns, draws its curve, and computes the loss of the formula in its first ten steps."""
 
+import itertools
 import os
 import re
 import runpy
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +39,7 @@ EXAMPLES = {
     "accelerate_loop": Example("accelerate", 6),
     "skorch_tabular": Example("skorch", 6),
     "fastai_learner": Example("fastai", 6),
-    "graph_readout": Example("torch_geometric", 25),
+    "graph_readout": Example("torch_geometric", 30),
 }
 OTHERS = {"shared", "ddp"}  # no example; and one that tests/test_distributed.py runs
 
@@ -88,3 +91,69 @@ def test_every_example_is_here_and_short():
     assert set(files) - OTHERS == set(EXAMPLES)
     for name, file in files.items():
         assert len(file.read_text().splitlines()) <= 120, name
+
+
+def write_texts(folder):
+    lines = [f"the {word} number {i}\t{word}" for i in range(60) for word in ("left", "right")]
+    (folder / "texts.tsv").write_text("\n".join(lines))
+    return "texts.tsv"
+
+
+def write_table(folder):
+    rows = [f"{i % 7},{i % 2 + 0.1 * (i % 5)},{'yes' if i % 2 else 'no'}" for i in range(400)]
+    (folder / "table.csv").write_text("\n".join(["first,second,class", *rows]))
+    return "table.csv"
+
+
+def write_sounds(folder):
+    lines = ["file,low,high"]
+    for i in range(100):
+        tone = 8000 * np.sin(2 * np.pi * (200 + 400 * (i % 2)) * np.arange(900) / 8000)
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 900, "NONE", ""))
+            file.writeframes(tone.astype(np.int16).tobytes())
+        lines.append(f"{i}.wav,{1 - i % 2},{i % 2}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return "."
+
+
+def write_masks(folder):
+    Image = library("PIL.Image")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for i in range(48):
+        mask = np.zeros((16, 16), dtype=np.uint8)
+        mask[i % 8 : i % 8 + 6, 4:12] = 1 + i % 2
+        mask[0, 0] = 255
+        Image.fromarray(mask).save(folder / f"masks/{i}.png")
+        Image.fromarray(np.stack([mask * 60] * 3, 2)).save(folder / f"images/{i}.png")
+    return "."
+
+
+def write_classes(folder):
+    Image = library("PIL.Image")
+    for part, name, grey in itertools.product(("train", "val"), ("dark", "light"), range(4)):
+        (folder / part / name).mkdir(parents=True, exist_ok=True)
+        value = 40 * grey if name == "dark" else 100 + 40 * grey
+        Image.new("RGB", (40, 32), (value,) * 3).save(folder / part / name / f"{grey}.png")
+    return "."
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "write"),
+    [
+        ("text_embeddings", "", write_texts),
+        ("multilabel_audio", "", write_sounds),
+        ("skorch_tabular", "skorch", write_table),
+        ("segmentation", "torchvision", write_masks),
+        ("plain", "torchvision", write_classes),
+    ],
+)
+def test_data_of_ones_own(name, needed, write, tmp_path, monkeypatch, capsys):
+    for library_needed in needed.split():
+        library(library_needed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [name, "--epochs", "1", "--batch-size", "8", "--data", write(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert "epoch 1: loss" in capsys.readouterr().out
