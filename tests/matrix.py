@@ -38,8 +38,11 @@ class Leg(NamedTuple):
     sanitizes: bool = False  # the compiled backend, by AddressSanitizer and UndefinedBehaviorSanitizer
 
 
-# Operators, transforms, losses, and steps under torch.compile: what meets torch's interfaces.
-TORCH = Run("ops test_transforms test_loss test_linear test_training")
+# What meets torch's interfaces; what measures, trains or compiles for other devices is of the legs that have the means.
+TORCH = Run(
+    "ops batch integrations test_transforms test_loss test_loss_use test_linear test_training test_metrics "
+    "test_mixed_target test_manifold test_exact test_penalty test_ignored"
+)
 TRITON = (Run("test_triton_aot"), Run("ops test_triton_interpreter", interpreted=True))
 LEGS = {
     "torch-2.10": Leg((TORCH,)),

@@ -37,6 +37,7 @@ class MixupCallback(Callback):
     def before_batch(self) -> None:
         plain = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.xb)
         labels = self.yb[0].as_subclass(Tensor)
+        self._told.close()  # of a batch whose model raised
         x, target = self.mixup_fn(plain[0] if len(plain) == 1 else plain, labels)
         self.learn.xb, self.learn.yb = ((x,) if len(plain) == 1 else x), (target,)
         self._told.enter_context(telling(target.lam, target.num_mixed))

@@ -63,6 +63,9 @@ class MixupCallback(Callback):
         while self._hooked:
             vars(self._hooked.pop()).pop(_HOOK, None)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.mixup_fn.set_epoch(trainer.current_epoch)
 

@@ -41,7 +41,7 @@ EXAMPLES = {
     "fastai_learner": Example("fastai", 6),
     "graph_readout": Example("torch_geometric", 30),
 }
-OTHERS = {"shared", "ddp"}  # no example; and one that tests/test_distributed.py runs
+OTHERS = {"shared", "ddp"}  # no example; and one that tests/test_ranks.py runs
 
 
 def run(*command, folder):

@@ -140,8 +140,10 @@ def test_a_forgotten_forward_mixupe(parts):
         def training_step(self, batch, batch_idx):
             return self.criterion(self.model(batch[0]), batch[1])
 
+    module = Forgot()
     with pytest.raises(RuntimeError, match=r"write forward_mixupe\(model, x, target\)"):
-        trainer(MixupCallback(mk.MixupE()), max_epochs=1).fit(Forgot(), loader())
+        trainer(MixupCallback(mk.MixupE()), max_epochs=1).fit(module, loader())
+    assert "on_after_batch_transfer" not in vars(module)  # or the next fit would mix twice
 
 
 def test_what_it_refuses(parts):
