@@ -193,8 +193,9 @@ class MixupELoss(nn.Module):
     Args:
         eta: η >= 0, the regularizer's strength; the paper uses 1e-4 to 0.1, mostly 1e-3. May be set at any time,
             also between a loss and its backward, which is of the η that was.
-        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim, process_group,
-            class_shards: as for :func:`mixupe_loss`.
+        clean_weight, penalty, rescale, threshold, label_smoothing, activation, inplace_backward, class_dim: as for
+            :func:`mixupe_loss`.
+        process_group, class_shards: as for :func:`mixupe_loss`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
