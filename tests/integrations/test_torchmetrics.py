@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
+from mixupe_kernels.loss.accuracy import right_and_weight
+from tests.ranks import processes
 
 from . import library
 
@@ -78,20 +80,25 @@ def test_it_resets_copies_saves_and_collects(metrics):
     assert set(collection.compute()) == {"all", "clean"} and collection.compute()["all"] == alone
 
 
-def test_states_of_processes_are_summed(metrics):
-    """``sync`` with what two processes hold, as torchmetrics gathers it."""
-    (first, target), (second, other) = batches(2)
-    both, one, two = (metrics.MixedAccuracy() for _ in range(3))
-    for metric, *given in ((both, first, target), (both, second, other), (one, first, target), (two, second, other)):
-        metric.update(*given)
+def case_processes():
+    """Each rank has seen one of two batches; ``compute`` is of both, and each then has its own again."""
+    from mixupe_kernels.integrations.torchmetrics import MixedAccuracy
 
-    def gathered(value, group=None):
-        (name,) = (name for name in ("right", "weight") if getattr(one, name) is value)
-        return [value, getattr(two, name)]
+    given = list(batches(2))
+    both, own = MixedAccuracy(), MixedAccuracy()
+    both.distributed_available_fn = lambda: False
+    for logits, target in given:
+        both.update(logits, target)
+    rank = torch.distributed.get_rank()
+    own.update(*given[rank])
+    torch.testing.assert_close(own.compute(), both.compute())
+    (right,), weight = right_and_weight(*given[rank])
+    assert own.right == right.sum() and own.weight == weight.sum()
 
-    one.sync(dist_sync_fn=gathered, distributed_available=lambda: True)
-    torch.testing.assert_close(one.right / one.weight, both.compute())
-    one.unsync()
+
+def test_two_processes(tmp_path):
+    case = f"{__name__}:case_processes"
+    assert processes.run([case], 2, tmp_path) == {case: "passed"}
 
 
 def test_any_metric_on_the_clean_rows(metrics):
