@@ -40,8 +40,8 @@ class Leg(NamedTuple):
 
 # What meets torch's interfaces; what measures, trains or compiles for other devices is of the legs that have the means.
 TORCH = Run(
-    "ops batch integrations test_transforms test_loss test_loss_use test_linear test_training test_metrics "
-    "test_mixed_target test_manifold test_exact test_penalty test_ignored"
+    "ops integrations test_transforms test_loss test_loss_use test_linear test_training test_metrics test_mixed_target "
+    "test_names test_workers"
 )
 TRITON = (Run("test_triton_aot"), Run("ops test_triton_interpreter", interpreted=True))
 LEGS = {
