@@ -62,9 +62,17 @@ class PreActBlock(nn.Module):
 
 
 def _preact_resnet(
-    blocks: Sequence[int], bottleneck: bool, classes: int, base: int = 64, inputs: int = 3, flat: bool = False
+    blocks: Sequence[int],
+    bottleneck: bool,
+    classes: int,
+    base: int = 64,
+    inputs: int = 3,
+    flat: bool = False,
+    stem: int = 0,
 ) -> nn.Sequential:
-    layers, channels = [_convolution(inputs, base, 3, flat=flat)], base
+    """``stem``: the first convolution's channels, if they are not ``base``."""
+    channels = stem or base
+    layers = [_convolution(inputs, channels, 3, flat=flat)]
     for stage, count in enumerate(blocks):
         width = base * 2**stage
         for index in range(count):
@@ -103,6 +111,21 @@ def narrow_preact_resnet(classes: int = 10, flat: bool = False) -> nn.Sequential
 def preact_resnet18(classes: int = 100) -> nn.Sequential:
     """PreActResNet-18 for 32×32 images (MixupE, §4.1). (N, 3, 32, 32) → (N, classes)."""
     return _preact_resnet((2, 2, 2, 2), False, classes)
+
+
+def preact_resnet34(classes: int = 100) -> nn.Sequential:
+    """PreActResNet-34 for 32×32 images (MixupE, §4.1). (N, 3, 32, 32) → (N, classes)."""
+    return _preact_resnet((3, 4, 6, 3), False, classes)
+
+
+def preact_resnet101(classes: int = 100) -> nn.Sequential:
+    """PreActResNet-101 for 32×32 images (MixupE, §4.1). (N, 3, 32, 32) → (N, classes)."""
+    return _preact_resnet((3, 4, 23, 3), True, classes)
+
+
+def wide_resnet28_10(classes: int = 100) -> nn.Sequential:
+    """WRN-28-10 for 32×32 images (Zagoruyko and Komodakis, 2016; MixupE, §4.1). (N, 3, 32, 32) → (N, classes)."""
+    return _preact_resnet((4, 4, 4), False, classes, base=160, stem=16)
 
 
 def preact_resnet50(classes: int = 100) -> nn.Sequential:
