@@ -52,6 +52,7 @@ LEGS = {
     "triton-3.8": Leg(TRITON),
     "libraries": Leg((Run("", libraries=True),)),
     "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
+    "experiments": Leg((Run("experiments", thorough=True),)),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
 

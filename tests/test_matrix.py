@@ -8,7 +8,7 @@ import pytest
 
 from tests import matrix
 
-OF_DEVELOPMENT = {"emulation", "sanitizers"}  # legs in its environment
+OF_DEVELOPMENT = {"emulation", "experiments", "sanitizers"}  # legs in its environment
 
 
 @pytest.mark.parametrize("name", matrix.LEGS)
