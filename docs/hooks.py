@@ -14,16 +14,17 @@ MOVED = (
     (r"\]\((?:\.\./)?README\.md", "](index.md"),
     (r"\]\(\.\./bench/results/", "](results/"),
     (r"\[[\w.]+\]\((?:\.\./)?(examples/\w*(?:\.py)?)/?\)", r"`\1`"),  # a file of the repository, which the site has not
+    (r"\]\(\.\./experiments/results/", "](results/experiments/"),
 )
 # Tables of figures, which scroll on a narrow screen instead of being broken.
 RESULTS = re.compile(r"<!-- results: \w+ -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def on_files(files, config):
-    """Add the pictures of bench/results as results/..."""
-    for path in sorted((ROOT / "bench" / "results").glob("*/*.png")):
-        where = f"results/{path.relative_to(ROOT / 'bench' / 'results').as_posix()}"
-        files.append(File.generated(config, where, abs_src_path=str(path)))
+    """Add the pictures of bench/results and experiments/results as results/..."""
+    for path in sorted([*ROOT.glob("bench/results/*/*.png"), *ROOT.glob("experiments/results/*.png")]):
+        folder = path.parent.name if path.is_relative_to(ROOT / "bench") else "experiments"
+        files.append(File.generated(config, f"results/{folder}/{path.name}", abs_src_path=str(path)))
     return files
 
 
