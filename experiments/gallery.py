@@ -166,7 +166,7 @@ def _alpha(rows):
         return frame.pm(gaps(rows, alpha, kind), 3)
 
     return (f"Against mixed training rows the gap grows from {gap(0.1, 'mixed')} at α = 0.1 to {gap(4.0, 'mixed')} at α = 4; against clean ones it stays between "
-            f"{gap(0.1, 'clean')} and {gap(4.0, 'clean')} (ERM {gap(0.0, 'clean')}). The growth is that of the mixed targets' own entropy, which no network can learn.")  # fmt: skip
+            f"{gap(0.1, 'clean')} and {gap(4.0, 'clean')} (ERM {gap(0.0, 'clean')}). Most of the growth is that of the mixed targets' own entropy, below which no loss can fall.")  # fmt: skip
 
 
 def _variance(rows):
