@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 .PHONY: demo test test-matrix bench dist docs lint format clean
 
 demo: $(READY)
-	$(BIN)/python -m bench demo
+	$(BIN)/python -m experiments demo
 
 # Interpreted Triton must see TRITON_INTERPRET before triton is imported, so the operators' suite runs on it in processes of its own.
 test: $(READY) $(EMULATED)

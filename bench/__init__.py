@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench cpu | gpu | step | compare | quality | demo | aot``. Every figure in a document comes from here."""
+"""Benchmarks, of what is timed: ``python -m bench`` lists them. What is trained is in experiments/."""

@@ -9,11 +9,6 @@ COMMANDS = {
     "gpu": ("bench.gpu", "GPU tests, then operators on this machine's GPU, against the copy rate and peers"),
     "step": ("bench.step", "the time of a whole training step, per model and policy, against mixup"),
     "compare": ("bench.compare", "two revisions by turns, or two folders of results: what has become slower"),
-    "quality": (
-        "bench.quality",
-        "test error per policy at equal epochs and at equal time: tables, and images by networks with BatchNorm",
-    ),
-    "demo": ("bench.demo", "train a tabular network and a CNN with BatchNorm: one table, one picture"),
     "report": ("bench.report", "copy the figures of bench/results into README and docs"),
     "ranks": ("bench.ranks", "what several ranks send, counted under gloo, and what it costs at scale by a model"),
     "aot": (

@@ -11,6 +11,7 @@ from .methods import POLICIES, TABULAR
 from .results import RESULTS
 
 ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
 
 
@@ -126,7 +127,7 @@ def _best(of: dict[tuple[str, str], dict[str, str]], name: str) -> str:
 
 def quality() -> list[str]:
     """Test error of each policy at equal epochs and at equal time, per data set."""
-    rows = [row for row in _read(RESULTS / "quality" / "summary.csv") if float(row["corrupted"]) == 0]
+    rows = [row for row in _read(TRAINED / "quality" / "summary.csv") if float(row["corrupted"]) == 0]
     rows = [row for row in rows if row["policy"] in TABULAR]
     if not rows:
         return ["Not measured yet."]
@@ -141,11 +142,11 @@ def quality() -> list[str]:
         "",
         *_errors(rows, "time"),
         "",
-        "Pictures, corrupted labels and adversarial inputs: `bench/results/quality/`.",
+        "Pictures, corrupted labels and adversarial inputs: `experiments/results/quality/`.",
     ]
 
 
-IMAGES = RESULTS / "quality-images"
+IMAGES = TRAINED / "quality-images"
 # (method, fraction, γ, η) → a column of the table on networks with BatchNorm.
 RECIPE, AUTHORS = ("split", 0.25, 0.25, 0.001), ("two calls", 1.0, 0.0, 0.001)
 IMAGE_COLUMNS = {

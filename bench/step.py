@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mixupe_kernels.ops import backends
 
-from . import models, results, timing, training_plots
+from . import models, results, step_plot, timing
 from .methods import POLICIES, TARGET_RATIO
 from .step_methods import BASE, Method, make_methods
 
@@ -391,7 +391,7 @@ def main(arguments: list[str]) -> int:
     if options.device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-    training_plots.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
+    step_plot.step(out / "rows.csv", out / "step.png", f"{facts['device']}, torch {facts['torch']}")
     table = Table("model", "bar", "measured", "at most", "", title="Bars", box=box.SIMPLE)
     for bar in held:
         error = "" if bar.error is None or math.isnan(bar.error) else f" ± {bar.error:.3f}"

@@ -22,9 +22,10 @@ RESULTS = re.compile(r"<!-- results: \w+ -->\n(.*?)<!-- end -->", re.DOTALL)
 
 def on_files(files, config):
     """Add the pictures of bench/results and experiments/results as results/..."""
-    for path in sorted([*ROOT.glob("bench/results/*/*.png"), *ROOT.glob("experiments/results/*.png")]):
-        folder = path.parent.name if path.is_relative_to(ROOT / "bench") else "experiments"
-        files.append(File.generated(config, f"results/{folder}/{path.name}", abs_src_path=str(path)))
+    for folder, where in (("bench/results", "results"), ("experiments/results", "results/experiments")):
+        for path in sorted((ROOT / folder).glob("**/*.png")):
+            place = f"{where}/{path.relative_to(ROOT / folder).as_posix()}"
+            files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
 

@@ -36,13 +36,28 @@ EXPERIMENTS = {
     "learned": Entry("Carratino, slides", "λ's law learned by a meta gradient"),
 }
 
+# What else is trained, with options of its own: name → (module with main(arguments) -> exit status, what it does).
+COMMANDS = {
+    "quality": (
+        "tabular",
+        "test error per policy at equal epochs and at equal time: tables; `quality images`: BatchNorm",
+    ),
+    "demo": ("demo", "train a tabular network and a CNN with BatchNorm: one table, one picture"),
+}
+
 
 def listing() -> str:
     lines = (f"  {name:14} {entry.source:24} {entry.what}" for name, entry in EXPERIMENTS.items())
-    return "\n".join(["usage: python -m experiments NAME [--quick | --full] [--data FOLDER]\n", *lines])
+    others = (f"  {name:14} {what}" for name, (_, what) in COMMANDS.items())
+    usage = "usage: python -m experiments NAME [--quick | --full] [--data FOLDER]\n"
+    return "\n".join(
+        [usage, *lines, "\nof this package's own policies, with options of their own (--help):\n", *others]
+    )
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(f"experiments.quality.{COMMANDS[arguments[0]][0]}").main(arguments[1:])
     if not arguments or arguments[0] not in EXPERIMENTS:
         print(listing())
         return 2 if arguments and arguments[0] not in ("-h", "--help") else 0

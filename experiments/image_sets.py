@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import image_data
+from . import image_data
 
 SMALL = tuple(image_data.SETS)
 

@@ -3,17 +3,17 @@
 SGD at 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate from a half and a hundredth from three quarters of the epochs on, α = 1.
 Here a small CNN and a narrow PreActResNet on small grey sets; with ``--data`` CIFAR, SVHN and Tiny-ImageNet by PreActResNet-18, and
 with ``--full`` by the paper's five networks for its 200 epochs. MixupE is the authors' two calls on the whole batch.
-``python -m bench quality images`` compares every use of the clean rows, at equal time too.
+``python -m experiments quality images`` compares every use of the clean rows, at equal time too.
 """
 
 import torch
 import torch.nn.functional as F
 
 import mixupe_kernels as mk
-from bench import data, models
+from bench import models
 from bench.methods import regularized_erm
 
-from . import frame, image_sets
+from . import data, frame, image_sets
 
 ALPHA, ETA = 1.0, 1e-3
 ETAS = (1e-4, 1e-2, 0.1, 1.0)

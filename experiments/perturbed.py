@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 import mixupe_kernels as mk
-from bench import data
 
-from . import batched, frame, sets
+from . import batched, data, frame, sets
 
 LAWS = {
     "Beta(0.1)": mk.sampling.Beta(0.1),

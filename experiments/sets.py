@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import data
-
+from . import data
 from .frame import Options
 
 

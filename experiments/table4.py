@@ -7,9 +7,8 @@ grid here is a part of it. Folders of ARFF and CSV files given by ``--data`` joi
 
 import itertools
 
-from bench import data, ensemble, quality
-
-from . import frame
+from . import data, ensemble, frame
+from .quality import tabular as quality
 
 POLICIES = {"erm": "ERM", "mixup": "Mixup", "full": "MixupE"}
 ALPHAS, ETAS = (0.02, 0.2, 2.0), (1e-3, 0.1, 1.0)

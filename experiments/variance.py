@@ -10,9 +10,8 @@ follows the second moment of its inputs, which mixing shrinks towards that of th
 import torch
 
 import mixupe_kernels as mk
-from bench import data
 
-from . import batched, frame
+from . import batched, data, frame
 
 ALPHAS = (0.1, 0.2, 0.5, 1.0, 2.0, 8.0, 32.0)
 DIMENSIONS = (1, 2, 8, 32, 128)

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
-from bench import data, demo, ensemble, methods, models, quality, results, step, step_methods
+from bench import methods, models, results, step, step_methods
+from experiments import data, ensemble
+from experiments.quality import demo
+from experiments.quality import tabular as quality
 
 MODELS = {"mlp": 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10, "lenet": 16_321_570, "preact_resnet18": 11_218_340,
           "resnet50": 25_557_032, "vit_b16": 86_567_656}  # fmt: skip

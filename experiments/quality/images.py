@@ -1,4 +1,4 @@
-"""``python -m bench quality images``: networks with BatchNorm on small images, by every use of the clean rows.
+"""``python -m experiments quality images``: networks with BatchNorm on small images, by every use of the clean rows.
 
 Two networks, three sets, α of 1 and 0.2, eight seeds that all methods share: split, initialisation, order of the batches, λ
 and partners. SGD as in MixupE §4.1 (0.1, a tenth of it from a half and a hundredth from three quarters on, momentum 0.9,
@@ -20,9 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from . import calibration, data, image_data, images_summary, results, timing, training_plots
-from .images_plan import ETA, KEY, MIXUP, NETWORKS, SEEDS, UPDATE_BN, Cell, Cost, Method, Run, key_of, plan
-from .methods import make_step
+from bench import results, timing
+from bench.methods import make_step
+
+from .. import calibration, data, image_data
+from ..frame import RESULTS
+from . import plots, summary
+from .plan import ETA, KEY, MIXUP, NETWORKS, SEEDS, UPDATE_BN, Cell, Cost, Method, Run, key_of, plan
 
 BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 128, 0.1, 0.9, 1e-4
 ROUNDS = 31
@@ -112,7 +116,7 @@ def measure_costs(data_set: str, network: str, rounds: int = ROUNDS) -> list[Cos
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench quality images", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments quality images", description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="*", default=list(image_data.SETS), choices=list(image_data.SETS))
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -123,7 +127,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--tables-only", action="store_true", help="train nothing: tables and pictures of what is there"
     )
-    parser.add_argument("--out", type=Path, default=results.RESULTS / "quality-images", help="where to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-images", help="where to write")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -149,17 +153,17 @@ def main(arguments: list[str]) -> int:
         task = progress.add_task("training", total=len(cells) * options.seeds)
         for cell, seed in itertools.product(cells, range(options.seeds)):
             if (cell, seed) not in done and not options.tables_only:
-                label = images_summary.label(cell.method)
+                label = summary.label(cell.method)
                 progress.update(task, description=f"{cell.data_set}, {cell.network}, α = {cell.alpha:g}: {label}")
                 for run in train(cell, seed):
                     runs.append(run)
                     results.append_csv(store, run, Run)
             progress.advance(task)
-    summaries = images_summary.summarise(runs, costs)
-    results.write_csv(options.out / "summary.csv", summaries, images_summary.Summary)
-    results.write_csv(options.out / "bars.csv", images_summary.bars(summaries), images_summary.Bar)
-    images_summary.show(console, summaries)
+    summaries = summary.summarise(runs, costs)
+    results.write_csv(options.out / "summary.csv", summaries, summary.Summary)
+    results.write_csv(options.out / "bars.csv", summary.bars(summaries), summary.Bar)
+    summary.show(console, summaries)
     for alpha in sorted({row.alpha for row in summaries}):
-        training_plots.images(options.out / "summary.csv", alpha, options.out / f"images-alpha-{alpha:g}.png")
+        plots.images(options.out / "summary.csv", alpha, options.out / f"images-alpha-{alpha:g}.png")
     console.print(f"Results and pictures: {options.out}", soft_wrap=True)
     return 0

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import mixupe_kernels as mk
+from bench import models
+from bench.methods import named_batch
 
-from . import data, models
-from .methods import named_batch
+from . import data
 
 BATCH, LEARNING_RATE = 100, 1e-3
 

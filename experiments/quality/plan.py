@@ -1,4 +1,4 @@
-"""What ``python -m bench quality images`` trains: methods, networks, cells, and the records that a run leaves."""
+"""What ``python -m experiments quality images`` trains: methods, networks, cells, and the records that a run leaves."""
 
 import dataclasses
 import itertools
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import models
-from .methods import POLICIES, Policy
+from bench import models
+from bench.methods import POLICIES, Policy
 
 ALPHAS, SEEDS = (1.0, 0.2), 8
 ETA = 1e-3

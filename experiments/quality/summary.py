@@ -1,4 +1,4 @@
-"""Tables of ``python -m bench quality images``: every method paired by seed against Mixup and the authors' two calls."""
+"""Tables of ``python -m experiments quality images``: every method paired by seed against Mixup and the authors' two calls."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .images_plan import (
+from bench.methods import TARGET_RATIO
+
+from .plan import (
     AUTHORS,
     ERM,
     ETAS,
@@ -28,7 +30,6 @@ from .images_plan import (
     epochs_at_equal_time,
     key_of,
 )  # fmt: skip
-from .methods import TARGET_RATIO
 
 EPOCHS, TIME = "epochs", "time"
 # (γ, η) chosen by each seed's validation rows, of all at RECIPE's rows and form.

@@ -1,4 +1,4 @@
-"""``python -m bench demo``: the paper's tabular network, and one with BatchNorm on images, by each policy, in one table.
+"""``python -m experiments demo``: the paper's tabular network, and one with BatchNorm on images, by each policy, in one table.
 
 MixupE, §4.2: two hidden layers of 128 units, ReLU, Adam at 1e-3, batches of 100, 25 epochs, five seeds. The data are
 handwritten digits (UCI Optdigits) and Iris as scikit-learn ships them, standardised, with a fifth of the rows held out
@@ -24,10 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from bench import models, results, timing
+from bench.methods import POLICIES, TABULAR, TARGET_RATIO, make_step
 from mixupe_kernels.ops import backends
 
-from . import calibration, data, image_data, models, results, timing, training_plots
-from .methods import POLICIES, TABULAR, TARGET_RATIO, make_step
+from .. import calibration, data, image_data
+from ..frame import RESULTS
+from . import plots
 
 # Layers this small gain nothing from a second thread (18 against 21 s for the two tabular sets on two idle cores), and on a
 # busy machine the two wait for each other (62 s).
@@ -174,11 +177,11 @@ def show(console: Console, summaries: list[Summary]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments demo", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="splits and initialisations to average (default 5)")
     parser.add_argument("--epochs", type=int, default=25, help="passes over the training rows (default 25)")
     parser.add_argument("--rounds", type=int, default=61, help="rounds of the step's timing (default 61)")
-    parser.add_argument("--out", type=Path, default=results.RESULTS / "demo", help="where to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo", help="where to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -214,7 +217,7 @@ def main(arguments: list[str]) -> int:
     results.write_csv(options.out / "curves.csv", curves, Point)
     results.write_csv(options.out / "summary.csv", summaries, Summary)
     picture = options.out / "demo.png"
-    training_plots.demo(options.out / "curves.csv", options.out / "summary.csv", picture)
+    plots.demo(options.out / "curves.csv", options.out / "summary.csv", picture)
     show(console, summaries)
     lines = (
         f"Error after {options.epochs} epochs, mean ± standard deviation of {options.seeds} seeds. ECE: expected "

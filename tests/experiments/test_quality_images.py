@@ -1,4 +1,4 @@
-"""``python -m bench quality images``: parts without leaks, rows that resume, differences paired by seed, choices by validation."""
+"""``python -m experiments quality images``: parts without leaks, rows that resume, differences paired by seed, choices by validation."""
 
 import gzip
 import math
@@ -8,10 +8,15 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
-from bench import calibration, image_data, images, images_plan, images_summary, models, quality, results
-from bench.images_plan import AUTHORS, ERM, MIXUP, RECIPE, UPDATE_BN, Cell, Cost, Method, Run
+from bench import models, results
+from experiments import calibration, frame, image_data
+from experiments.quality import images
+from experiments.quality import plan as images_plan
+from experiments.quality import summary as images_summary
+from experiments.quality import tabular as quality
+from experiments.quality.plan import AUTHORS, ERM, MIXUP, RECIPE, UPDATE_BN, Cell, Cost, Method, Run
 
-COMMITTED = results.RESULTS / "quality-images"
+COMMITTED = frame.RESULTS / "quality-images"
 
 
 @pytest.mark.parametrize("build, size", [(models.small_cnn, 14_714), (models.narrow_preact_resnet, 77_562)])

@@ -1,6 +1,6 @@
-"""``python -m bench quality``: test error of each policy on tabular data, at equal epochs and at equal training time.
+"""``python -m experiments quality``: test error of each policy on tabular data, at equal epochs and at equal training time.
 
-``python -m bench quality images`` is of networks with BatchNorm: bench/images.py.
+``python -m experiments quality images`` is of networks with BatchNorm: experiments/quality/images.py.
 
 The protocol of MixupE's Table 4: the network of §4.2, Adam at 1e-3, batches of 100, 25 epochs, five seeds; one-hot
 categories, mean and mode imputation, standardised. Each seed has its own stratified split, 60 % to train, 20 % to choose
@@ -23,8 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import data, demo, ensemble, images, results, training_plots
-from .methods import ERM_AND_REGULARIZER, POLICIES, TABULAR
+from bench import results
+from bench.methods import ERM_AND_REGULARIZER, POLICIES, TABULAR
+
+from .. import data, ensemble
+from ..frame import RESULTS
+from . import demo, images, plots
 
 # (alphas, etas); "paper" is §4.2's, "small" every third of its alphas and every other of its etas.
 GRIDS = {
@@ -262,7 +266,7 @@ def cases(tables: list[data.Table]) -> list[tuple[data.Table, float, tuple[str, 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["images"]:
         return images.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments quality", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of ARFF and CSV files, the class in the last column")
     parser.add_argument("--bundled", nargs="*", default=data.BUNDLED, choices=data.BUNDLED, help="scikit-learn's sets")
     parser.add_argument("--grid", choices=tuple(GRIDS), default="small", help="values of α and η")
@@ -271,7 +275,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1, help=THREADS_HELP)
     parser.add_argument("--costs-only", action="store_true", help="measure step times, for a run to come, and stop")
     parser.add_argument("--fresh", action="store_true", help="forget the runs of an earlier call instead of resuming")
-    parser.add_argument("--out", type=Path, default=results.RESULTS / "quality", help="where to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality", help="where to write")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     console, begin = Console(width=None if sys.stdout.isatty() else 125), time.perf_counter()
@@ -311,11 +315,11 @@ def main(arguments: list[str]) -> int:
                 progress.advance(task)
     summaries = summarise(runs)
     results.write_csv(options.out / "summary.csv", summaries, Summary)
-    training_plots.quality(options.out / "summary.csv", options.out / "quality.png")
+    plots.quality(options.out / "summary.csv", options.out / "quality.png")
     for table, corrupted, _ in todo:
         show(console, summaries, table.name, corrupted)
     if any(corrupted for _, corrupted, _ in todo):
-        training_plots.robustness(options.out / "summary.csv", options.out / "robustness.png")
+        plots.robustness(options.out / "summary.csv", options.out / "robustness.png")
     console.print(
         "step: time over Mixup's. p: paired t-test against full. paper: MixupE, Table 4. FGSM: test error at 4/255 and "
         "32/255 of each feature's range, at equal epochs.",
