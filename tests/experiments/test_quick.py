@@ -14,7 +14,7 @@ from experiments import frame
 from ..conftest import THOROUGH
 from . import folders
 
-CHEAP = ("memorization", "perturbed", "graphs")
+CHEAP = ("perturbed", "graphs")
 # The folder that --data names, for those whose sets are in wheels that an environment may not have.
 DATA = {"speech": folders.utterances, "graphs": folders.graphs}
 
