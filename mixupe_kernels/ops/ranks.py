@@ -61,28 +61,27 @@ class RowsOverRanks(NamedTuple):
 
 
 class _LossOverRanks(losses._FusedLoss):
-    """(loss, parts) of all ranks' rows, with one kernel for each row's terms and one for the gradient, as the fused loss has."""
+    """The loss of all ranks' rows, with one kernel for each row's terms and one for the gradient, as the fused loss has."""
 
     @staticmethod
-    def forward(ctx, logits, target, arguments, merge):  # type: ignore[override]
+    def forward(ctx, logits, target, arguments, parts, merge):  # type: ignore[override]
         outputs = RowOutputs(*below_autograd(losses.ce_entropy_op, logits, *target, *arguments.of_rows()))
-        loss, parts, signed_entropy = reference.penalized(outputs, target, arguments, merge)
-        ctx.save_for_backward(logits, *target, parts, signed_entropy, outputs.lse)
+        loss, of_loss, signed_entropy = reference.penalized(outputs, target, arguments, merge)
+        ctx.save_for_backward(logits, *target, of_loss, signed_entropy, outputs.lse)
         ctx.options, ctx.factor = arguments.of_backward(), merge.factor()
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        return loss, parts
+        parts.append(of_loss)
+        return loss
 
     @staticmethod
-    def backward(ctx, grad, _):
-        gradient, *_ = losses._FusedLoss.backward(ctx, None if grad is None else grad * ctx.factor, None)
-        return gradient, None, None, None
+    def backward(ctx, grad):
+        return *losses._FusedLoss.backward(ctx, grad * ctx.factor), None
 
 
 def fused_loss(logits: Tensor, target: RowTarget, arguments: LossArguments, merge: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts) of all ranks' rows, of a target that is a constant; ``merge`` is of the six sums over this rank's."""
     arguments.check(logits)
-    return _LossOverRanks.apply(logits, target, arguments, merge)
+    parts: list[Tensor] = []
+    return _LossOverRanks.apply(logits, target, arguments, parts, merge), parts[0]
 
 
 # Classes over ranks ------------------------------------------------------------------------------------------------------

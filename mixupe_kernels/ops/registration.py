@@ -228,7 +228,9 @@ def is_transformed(value: Tensor) -> bool:
     Of nested transforms, an outer one may differentiate in what the inner one takes for a constant. Nothing public tells
     of a tensor that outlived its transform.
     """
-    if transforms_active() or forward_ad._current_level >= 0:  # differentiates_otherwise(), without a call in every step
+    if (
+        transforms_active() or forward_ad._current_level >= 0
+    ):  # differentiates_otherwise(), without a call in every step
         return True
     if torch.compiler.is_dynamo_compiling():  # no such tensor gets into a graph
         return False
