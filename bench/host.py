@@ -24,6 +24,19 @@ AT_MOST = 40.0  # µs
 WHOLE = "forward and backward"
 
 
+class _Nothing(torch.autograd.Function):
+    """What autograd itself takes: a scalar of one tensor, whose gradient is new memory."""
+
+    @staticmethod
+    def forward(ctx, logits, value, gradient):
+        ctx.gradient = gradient
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(ctx.gradient), None, None
+
+
 def parts() -> dict[str, Callable[[], object]]:
     """The whole call, then what it is made of: each contains the ones after it in forward or backward."""
     import mixupe_kernels as mk
@@ -39,15 +52,25 @@ def parts() -> dict[str, Callable[[], object]]:
     backward = (one, *forward[:4], *stats, mixed)
     out = torch.empty_like(forward[0])
 
+    def whole():
+        logits.grad = None
+        criterion(logits, target).backward()
+
+    def nothing():
+        logits.grad = None
+        _Nothing.apply(logits, weight, out).backward()
+
     def without_gradient():
         with torch.no_grad():
             criterion(logits, target)
 
     return {
-        WHOLE: lambda: torch.autograd.grad(criterion(logits, target), logits, one),
+        WHOLE: whole,
+        "criterion": lambda: criterion(logits, target),
         "criterion, no gradient": without_gradient,
         "operator forward": lambda: torch.ops.mixupe.mixupe_loss(*forward),
         "operator backward": lambda: torch.ops.mixupe.mixupe_loss_backward(*backward),
+        "autograd, nothing to do": nothing,
         "operator backward, no allocation": lambda: torch.ops.mixupe.mixupe_loss_backward_out(*backward, out=out),
     }
 

@@ -242,10 +242,8 @@ class Bench:
         pair = timing.interleave({"Mixup": calls["Mixup"], "twice": twice}, rounds, warmup=0, min_seconds=1e-2)
         share = timing.ratio(pair["twice"], pair["Mixup"]).median - 1
         self.own_parts.seconds.clear()  # those of calls that warmed up
-        more_turns = {} if quick else TURNS_A_ROUND
-        pairs = timing.interleave_with(
-            BASE, calls, rounds, warmup=0, min_seconds=TURN_SECONDS, turns_a_round=more_turns
-        )
+        turns = {"warmup": 0, "min_seconds": TURN_SECONDS, "turns_a_round": {} if quick else TURNS_A_ROUND}
+        pairs = timing.interleave_with(BASE, calls, rounds, **turns)
         # One figure a step: a call may be of several.
         times = {
             name: timing.Pairs([value / methods[name].steps for value in pair.seconds], pair.base)
@@ -309,11 +307,8 @@ def bars(rows: list[StepRow]) -> list[StepBar]:
     name = f"{rows[0].model}, {rows[0].mode}"
     limits = [("Mixup", 1.0), ("MixupE sample 1/8", TARGET_RATIO), ("MixupE split 1/4", 1.05), ("MixupE split 1/8", 1.05),
               ("MixupE mixed", 1.05)]  # fmt: skip
-    found = [
-        StepBar(name, f"{row.method} / {BASE}", row.ratio, row.ratio_error, limit)
-        for row, limit in ((by_name.get(method), limit) for method, limit in limits)
-        if row
-    ]
+    found = [StepBar(name, f"{row.method} / {BASE}", row.ratio, row.ratio_error, limit)
+             for row, limit in ((by_name.get(method), limit) for method, limit in limits) if row]  # fmt: skip
     ours, eager = by_name["Mixup"], by_name[BASE]
     if ours.own_seconds:
         found.append(StepBar(name, f"own part of Mixup / of {BASE}", ours.own_seconds / eager.own_seconds, None, 1.0))

@@ -76,7 +76,7 @@ def test_the_hosts_share_has_parts_and_a_bar():
         assert verdict.met is None and "cuda_emulated" in rows[0].note
         return
     whole, *parts = rows
-    assert whole.provider == host.WHOLE and len(parts) == 4
+    assert whole.provider == host.WHOLE and len(parts) == 6
     assert verdict.measured == pytest.approx(1e6 * whole.seconds) and verdict.met is not None
 
 
