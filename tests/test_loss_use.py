@@ -91,6 +91,22 @@ def test_a_gradient_handed_out_may_be_written_to(backend, target, form):
     torch.testing.assert_close(logits.grad, 2 * expected)
 
 
+def test_a_compiled_loss_is_one_operator_with_its_gradient():
+    labels, lam = torch.randint(CLASSES, (8,)), torch.rand(8)
+    target, criterion = mk.MixedTarget(labels, labels.flip(0), lam, 4, 4, 0.3), mk.MixupELoss(0.4)
+    logits = torch.randn(8, CLASSES, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: 3 * criterion(z, target), backend="aot_eager", fullgraph=True)
+    compiled(logits).backward()  # compiles
+    compiled_gradient, logits.grad = logits.grad, None
+    with torch.profiler.profile() as profile:
+        compiled(logits).backward()
+    called = [event.name for event in profile.events() if event.name.startswith("mixupe::")]
+    assert called == ["mixupe::mixupe_loss_with_gradient"]
+    (expected,) = torch.autograd.grad(3 * criterion(logits, target), logits)
+    torch.testing.assert_close(compiled_gradient, expected)
+
+
 @pytest.mark.parametrize("form", ["with gradient", "function", "soft", "linear"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_compiled_loss_takes_another_batch_size(form, dynamic):
