@@ -41,7 +41,7 @@ class Leg(NamedTuple):
 # What meets torch's interfaces; what measures, trains or compiles for other devices is of the legs that have the means.
 TORCH = Run(
     "ops integrations test_transforms test_loss test_loss_use test_linear test_training test_metrics test_mixed_target "
-    "test_names test_workers"
+    "test_exact test_penalty test_ignored test_manifold test_mixup test_several_inputs test_schedule test_names test_workers"
 )
 TRITON = (Run("test_triton_aot"), Run("ops test_triton_interpreter", interpreted=True))
 LEGS = {
