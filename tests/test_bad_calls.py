@@ -173,6 +173,22 @@ def table():
                 "topk": {"None": lambda v: None, "str": lambda v: "1", "bool": lambda v: True, "zero": lambda v: 0,
                          "float": lambda v: 1.5, "too large": lambda v: (1, C + 1), "empty": lambda v: ()}})  # fmt: skip
     yield from tables_of_targets("mixed_accuracy", mk.mixed_accuracy, good)
+    yield Call("clean_rows", mk.clean_rows, lambda: {"logits": logits(), "target": mixed_target()},
+               {"logits": {**FLOATS, "3-d": lambda v: v.unsqueeze(0)}, "target": MIXED_TARGET})  # fmt: skip
+    yield Call("Collate", mk.Collate, lambda: {"mixup_fn": mk.Mixup(), "collate_fn": len},
+               {"mixup_fn": {**CALLABLE, "function": lambda v: len}, "collate_fn": CALLABLE})  # fmt: skip
+    timm = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "cutmix_minmax": (0.2, 0.8), "prob": 1.0, "switch_prob": 0.5,
+            "mode": "batch", "correct_lam": True, "label_smoothing": 0.1, "num_classes": C, "clean_fraction": 0.25,
+            "eta": 1e-3, "clean_weight": 0.25, "split": False, "off_epoch": 3, "generator": None}  # fmt: skip
+    yield Call("like_timm", mk.like_timm, lambda: dict(timm),
+               {"mixup_alpha": NON_NEGATIVE, "prob": FRACTION, "switch_prob": FRACTION, "mode": CHOICE,
+                "correct_lam": FLAG, "label_smoothing": FRACTION, "num_classes": COUNT, "eta": optional(NON_NEGATIVE),
+                "clean_weight": optional(NON_NEGATIVE), "clean_fraction": optional(POSITIVE), "split": FLAG,
+                "off_epoch": optional(NON_NEGATIVE), "generator": GENERATOR,
+                "cutmix_minmax": {"str": lambda v: "ab", "one": lambda v: (0.2,), "swapped": lambda v: v[::-1],
+                                  "above 1": lambda v: (0.2, 1.2)}})  # fmt: skip
+    yield Call("like_timm", mk.like_timm, lambda: {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+               {"cutmix_alpha": NON_NEGATIVE})  # fmt: skip
     yield Call("forward_mixupe", mk.forward_mixupe,
                lambda: {"model": nn.Linear(5, C), "x": rand(N, 5), "target": mixed_target(num_mixed=2, num_reg=2),
                         "batched": False},
