@@ -2,8 +2,7 @@
 
 The main part of a kernel is the loop that moves the elements: of those with wide accesses (16 bytes), and with
 stores where the kernel has any, the one of the fewest instructions an element. The others are edges, rows that lie
-unaligned, and sums that few rows need. Where there is no loop, the main part goes from the first wide load to the last
-wide store, or to the first shuffle or barrier. Code is counted as it stands, whether or not a branch leads around it.
+unaligned, and sums that few rows need. A kernel without a loop is its own main part, once a tile. Code is counted as it stands, whether or not a branch leads around it.
 """
 
 import re
@@ -120,14 +119,6 @@ def _in_flight(code: list[Instruction]) -> int:
     return most
 
 
-def _straight(code: list[Instruction], stores: bool) -> slice:
-    wide = [i for i, instruction in enumerate(code) if instruction.is_wide("LDG")]
-    if stores:
-        return slice(wide[0], max(i for i, instruction in enumerate(code) if instruction.is_wide("STG")) + 1)
-    ends = [i for i, one in enumerate(code) if i > wide[-1] and one.name.startswith(("SHFL", "BAR"))]
-    return slice(wide[0], ends[0] if ends else len(code))
-
-
 def main_part(code: list[Instruction], stored: int, loaded: int, mufu: int) -> MainPart | None:
     """The main part of a kernel whose elements are ``stored`` bytes each, or ``loaded`` if that is 0; None without any.
 
@@ -143,8 +134,7 @@ def main_part(code: list[Instruction], stored: int, loaded: int, mufu: int) -> M
 
     loops = [loop for loop in _loops(code) if is_main(loop)]
     best = min(loops, key=lambda s: (s.stop - s.start) / _moved(code[s], access), default=None)
-    part = best or _straight(code, bool(stored))
-    inside = code[part]
+    inside = code[best] if best else code
     elements = _moved(inside, access) // size
     if not elements:
         return None

@@ -7,6 +7,7 @@ import collections
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.runtime.jit import JITFunction
 
 from bench.aot import CALLS, TARGETS, Case, cases, compile_case, compiled_only
+from bench.aot_table import BARS, COUNTED, verdicts
 from mixupe_kernels.ops.triton import KERNELS, launch
 
 ROOT = Path(__file__).parents[1]
@@ -61,15 +63,15 @@ def wide_accesses(case, kernel):
             count * tile.block * bytes_each // (tile.warps * 32 * 16)
             for count, bytes_each in zip(streams, (size, out_size), strict=True)
         )
-    # Rows of one tile in the table's single-row entries; shorter rows share a program and are not peeled.
+    # Shorter rows are not peeled.
     if kernel not in ("row_stats", "row_gradient") or length < 512:
         return 0, 0
     dense = case.kind in ("dense", "sigmoid")
     summed = dense or case.kind == "weighted"
     suffix = {"row_stats": "_dense" * dense, "row_gradient": "_summed" * summed}[kernel]
     tile = launch.tile_for(kernel + suffix, dtype, length)
-    vectors = tile.block * size // (tile.warps * 32 * 16)
-    targets = tile.block * max(size, 4) // (tile.warps * 32 * 16) if dense else 0
+    vectors = tile.rows * tile.block * size // (tile.warps * 32 * 16)
+    targets = tile.rows * tile.block * max(size, 4) // (tile.warps * 32 * 16) if dense else 0
     # The loads of a pipelined loop stand before it as well, once for each tile that is fetched ahead.
     stages = tile.stages if length > tile.block else 1
     return (vectors + targets) * stages, vectors if kernel == "row_gradient" else 0
@@ -94,9 +96,22 @@ def test_stages_fetch_the_tiles_of_a_loop_ahead(monkeypatch, dtype, columns):
     plain, ahead = compiled[0], [stages - 1 if columns > tile.block else 0 for stages in launch.STAGES]
     assert [kernel.stages for kernel in compiled] == list(launch.STAGES)
     assert [kernel.wide_loads for kernel in compiled] == [plain.wide_loads * (1 + tiles) for tiles in ahead]
-    assert [kernel.shared - plain.shared for kernel in compiled] == [
-        tile.block * dtype.itemsize * tiles for tiles in ahead
+    # What the last reduction takes of it is the tiles' before.
+    assert [kernel.shared for kernel in compiled] == [
+        max(plain.shared, tile.block * dtype.itemsize * tiles) for tiles in ahead
     ]
+
+
+BARRED = [
+    case for case in cases() if any(re.search(bar.pattern, f"{case} {name}") for bar in BARS[:-1] for name in COUNTED)
+]
+
+
+@pytest.mark.parametrize("case", BARRED, ids=str)
+def test_long_rows_and_images_clear_the_bars_on_instructions(case):
+    judged = verdicts(compile_case(case, "sm_90"))
+    assert {"instructions", "spilled"} <= {bar.field for bar, *_ in judged}
+    assert not [(bar, kernel) for bar, kernel, met in judged if not met]
 
 
 def test_command_writes_a_row_for_each_kernel(tmp_path):
@@ -211,3 +226,16 @@ def test_numbers_of_the_loss_compile_one_kernel():
         [(1, threshold, weight) for threshold in (0.5, 1.0, 0.3) for weight in (0.25, 0.3, 1.0)], loss
     )
     assert found == {"row_stats": 1, "loss_total": 1}
+
+
+@pytest.mark.parametrize("kind", ["labels", "dense", "weighted"])
+def test_every_label_smoothing_compiles_one_kernel_and_none_another(kind):
+    def step(smoothing):
+        logits, labels, rows = torch.empty(64, 1000), torch.empty(64, dtype=torch.int64), torch.empty(64)
+        target = (torch.empty(64, 1000) if kind == "dense" else labels, None, None)
+        options = (torch.empty(1000) if kind == "weighted" else None, smoothing)
+        KERNELS["ce_entropy"](logits, *target, *options)
+        KERNELS["ce_entropy_backward"](rows, rows, rows, logits, rows, rows, *target, *options)
+
+    assert kernels_of_a_run([(0.1,), (0.2,), (1.0,)], step) == {"row_stats": 1, "row_gradient": 1}
+    assert kernels_of_a_run([(0.0,), (0.1,), (0.2,)], step) == {"row_stats": 2, "row_gradient": 2}

@@ -20,26 +20,34 @@ from ..arguments import (
     check_logits,
     check_upstream,
 )
-from .launch import Tile, launch_tiled
+from .launch import Tile, launch_tiled, splits_for, tile_shape
 from .rows import (
+    LOG_2,
     OF_CLEAN,
     OF_MIX,
     OF_PENALTY,
-    PEEL_FROM,
     aligned_part,
     dense_tile,
     edge_columns,
-    gradient_tile,
+    exponent,
+    gradient_of,
     label_terms,
+    load_tile,
+    of_rows,
+    prepare_smoothing,
     prepare_target,
     split_sign,
-    target_tile,
+    spread_tile,
+    steps,
+    sum_of_lanes,
     unit_columns,
+    whole,
     zero_where,
 )
 
-# Half an ulp of an lse up to here is at most 2^-22 of p (float32); as lse_lost_digits in csrc/row.h.
-LSE_IS_EXACT_TO = tl.constexpr(8.0)
+# Half an ulp of an lse up to here is at most 2^-22 of p (float32, as lse_lost_digits in csrc/row.h), or 2^-15 of a p that is
+# rounded to 2^-9 or 2^-12 of itself.
+LSE_IS_EXACT_TO, LSE_IS_EXACT_TO_16_BITS = tl.constexpr(8.0), tl.constexpr(1024.0)
 
 
 @triton.jit
@@ -51,64 +59,88 @@ def coefficient(grad, row, inside, stride, like):
         return tl.load(grad + row * stride, mask=inside, other=0.0).to(like.dtype)
 
 
+@triton.jit
+def label_columns(
+    out, logits, target, smoothing, terms, label, z, row, inside, first, last, target_start, out_start,
+    g_ce, level, slope, lse,
+    C: tl.constexpr, ACC: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """dz of one label of each row, written over what the row's tiles left there, where it is a column of this program's."""
+    own, own_share, own_peak, other, other_share, other_peak = terms
+    mask = inside & (label >= first) & (label < last)
+    y = tl.where(label == own, own_peak, 0.0) + tl.where(label == other, other_peak, 0.0)
+    if smoothing is not None:
+        y += dense_tile(target, smoothing, target_start + label, label, mask, C, ACC) * (own_share + other_share)
+    # Label terms meet the rest in the accumulation dtype, before the one store: read back and corrected in bfloat16, a gradient
+    # whose p rounds to 1 would be lost altogether.
+    dz = gradient_of(z, g_ce, level, slope, lse, SIGMOID) - g_ce * y
+    tl.store(out + (out_start + label), dz.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n", "num_mixed"])
 def row_gradient(
-    out, logits, target, saved, grads, upstream,
+    out, logits, target, smoothing, saved, grads, upstream,
     n, num_mixed, grad_strides,
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    DETACHED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr, DETACHED: tl.constexpr, IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row groups, column groups) of ``dz``.
+    """Grid (row groups, splits) of ``dz``: each program writes SPAN columns of ROWS rows.
 
     ``saved`` are (H, lse). (g_ce, g_H, g_lse) come as ``grads``, (N,) each, or for the loss from ``upstream`` = (grad,
     parts) and the sign of H.
     """
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
+    HAS_DENSE: tl.constexpr = DENSE or smoothing is not None
     # Σy is known without reading a row of targets or class weights only for unweighted indices.
-    SUM_TARGETS: tl.constexpr = DENSE or (LABEL_SMOOTHING != 0 and target.class_weight is not None)
+    SUM_TARGETS: tl.constexpr = DENSE or (smoothing is not None and target.class_weight is not None)
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    PEEL: tl.constexpr = C >= PEEL_FROM and (C % VEC != 0 or STRIDE % VEC != 0)
+    EXACT_TO: tl.constexpr = (
+        LSE_IS_EXACT_TO_16_BITS if out.dtype.element_ty.primitive_bitwidth == 16 else LSE_IS_EXACT_TO
+    )
+    PEEL: tl.constexpr = VEC > 1 and (C % VEC != 0 or STRIDE % VEC != 0)
+    BLOCK: tl.constexpr = PACKS * LANES * VEC
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
-    target_shift = (row.to(tl.int64) * (TARGET_STRIDE - STRIDE))[:, None]
-    out_shift = (row.to(tl.int64) * (OUT_STRIDE - STRIDE))[:, None]
+    start_of_row = row.to(tl.int64) * STRIDE
+    target_shift = row.to(tl.int64) * (TARGET_STRIDE - STRIDE)
+    out_shift = row.to(tl.int64) * (OUT_STRIDE - STRIDE)
     first = tl.program_id(1) * SPAN
 
     entropy = tl.load(saved[0] + row, mask=inside, other=0.0)
     lse = tl.load(saved[1] + row, mask=inside, other=0.0)
-    edge, edge_valid = edge_columns(head, body, C, VEC)
-    edge_valid = edge_valid & inside[:, None]
-    edge_place = (row.to(tl.int64) * STRIDE)[:, None] + edge
+    edge, edge_valid = edge_columns(head, body, C, LANES, VEC)
+    edge_valid = edge_valid & of_rows(inside)
+    edge_place = of_rows(start_of_row) + edge
+    terms = label_terms(target, smoothing, row, inside, C, IGNORE_INDEX, ACC)
+    kept = terms[1] + terms[4]
     if SUM_TARGETS:
-        mass = tl.zeros((ROWS,), ACC)
+        masses = tl.zeros((ROWS, LANES), ACC)
         for start in tl.range(0, C, BLOCK, num_stages=num_stages):
-            step = (start + tl.arange(0, BLOCK))[None, :]
-            valid = inside[:, None] & (step < body[:, None])
-            place = offset[:, None] + step + target_shift
-            mass += tl.sum(dense_tile(target, place, head[:, None] + step, valid, C, LABEL_SMOOTHING, ACC), 1)
+            step = steps(start, PACKS, LANES, VEC)
+            valid = of_rows(inside) & (step < of_rows(body))
+            place = of_rows(offset * VEC + target_shift) + step
+            masses += sum_of_lanes(dense_tile(target, smoothing, place, of_rows(head) + step, valid, C, ACC))
         if PEEL:
-            edge_y = dense_tile(target, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
-            mass += tl.sum(edge_y, 1)
-    if DENSE:
-        terms = None
-        kept = (row * 0 + 1).to(ACC)
+            edge_y_place = edge_place + of_rows(target_shift)
+            masses += sum_of_lanes(dense_tile(target, smoothing, edge_y_place, edge, edge_valid, C, ACC))
+        mass = tl.sum(masses, 1)
+    elif smoothing is not None:
+        mass = whole(smoothing.whole, lse)
     else:
-        terms = label_terms(target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC)
-        kept = terms[1] + terms[4]
-        mass = kept * (mass if SUM_TARGETS else LABEL_SMOOTHING) + terms[2] + terms[5]
+        mass = tl.zeros_like(kept)
+    mass = zero_where(mass == 0, kept * mass) + terms[2] + terms[5]
 
     if upstream is None:
         g_ce = coefficient(grads[0], row, inside, grad_strides[0], lse)
         g_entropy = coefficient(grads[1], row, inside, grad_strides[1], lse)
         g_lse = coefficient(grads[2], row, inside, grad_strides[2], lse)
     else:
-        entropy, slope = split_sign(entropy)
+        entropy, sign = split_sign(entropy)
         grad = tl.load(upstream[0]).to(ACC)
-        g_q = zero_where(slope == 0, grad * tl.load(upstream[1] + OF_PENALTY) * slope)
+        g_q = zero_where(sign == 0, grad * tl.load(upstream[1] + OF_PENALTY) * sign)
         of_clean = tl.load(upstream[1] + OF_CLEAN)
         of_ce = tl.where(
             row < num_mixed, grad * tl.load(upstream[1] + OF_MIX), zero_where(of_clean == 0, grad * of_clean)
@@ -119,40 +151,67 @@ def row_gradient(
     # A label out of range makes its row NaN, whatever its gradient.
     g_ce = tl.where(kept == kept, g_ce, kept)
     if SIGMOID:
-        g_p = g_lse
+        level, slope = g_lse, g_entropy
     else:
-        g_p = g_ce * mass + g_lse
+        level = g_ce * mass + g_lse - zero_where(g_entropy == 0, g_entropy * entropy)
         # lse is rounded, under a large shift of all logits by more than p may be: Σ e^(z - lse) is what 1 became.
-        if tl.max(tl.where(lse == lse, tl.abs(lse), 0.0), 0) > LSE_IS_EXACT_TO:
-            total = tl.zeros((ROWS,), ACC)
+        if tl.max(tl.where(lse == lse, tl.abs(lse), 0.0), 0) > EXACT_TO:
+            totals = tl.zeros((ROWS, LANES), ACC)
             for start in tl.range(0, C, BLOCK, num_stages=1):
-                step = (start + tl.arange(0, BLOCK))[None, :]
-                valid = inside[:, None] & (step < body[:, None])
-                z = tl.load(logits + (offset[:, None] + step), mask=valid, other=float("-inf")).to(ACC)
-                total += tl.sum(tl.exp(z - lse[:, None]), 1)
+                z = load_tile(logits, offset, body, inside, start, PACKS, LANES, VEC, ACC, not HAS_DENSE)
+                totals += sum_of_lanes(tl.exp2(exponent(z - of_rows(lse))))
             if PEEL:
                 edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
-                total += tl.sum(tl.exp(edge_z - lse[:, None]), 1)
-            total = tl.where(inside, total, 1.0)
-            g_p /= total
+                totals += sum_of_lanes(tl.exp2(exponent(edge_z - of_rows(lse))))
+            total = tl.where(inside, tl.sum(totals, 1), 1.0)
+            level = (level + g_entropy * tl.log(total)) / total
             g_entropy /= total
-            entropy -= tl.log(total)
+        slope = g_entropy * LOG_2
 
+    own_z, other_z = lse, lse
+    if not DENSE:
+        own_z = tl.load(logits + (start_of_row + terms[0]), mask=terms[0] >= 0, other=0.0).to(ACC)
+        other_z = tl.load(logits + (start_of_row + terms[3]), mask=terms[3] >= 0, other=0.0).to(ACC)
+        if IN_PLACE:
+            tl.debug_barrier()  # before other threads write there
+
+    of_tile = (of_rows(g_ce), of_rows(level), of_rows(slope), of_rows(lse))
     if PEEL:
         edge_valid = edge_valid & (first == 0)
         edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
-        edge_y = target_tile(target, terms, edge_place + target_shift, edge, edge_valid, C, LABEL_SMOOTHING, ACC)
-        edge_dz = gradient_tile(edge_z, edge_y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID)
-        tl.store(out + (edge_place + out_shift), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
+        edge_dz = gradient_of(edge_z, of_tile[0], of_tile[1], of_tile[2], of_tile[3], SIGMOID)
+        if HAS_DENSE:
+            edge_dz -= of_tile[0] * spread_tile(
+                target, smoothing, terms, edge_place + of_rows(target_shift), edge, edge_valid, C, ACC
+            )
+        tl.store(out + (edge_place + of_rows(out_shift)), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
     for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
-        step = (first + start + tl.arange(0, BLOCK))[None, :]
-        valid = inside[:, None] & (step < body[:, None])
-        place = offset[:, None] + step
-        column = head[:, None] + step
-        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
-        y = target_tile(target, terms, place + target_shift, column, valid, C, LABEL_SMOOTHING, ACC)
-        dz = gradient_tile(z, y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID)
-        tl.store(out + (place + out_shift), dz.to(out.dtype.element_ty), mask=valid)
+        step = steps(first + start, PACKS, LANES, VEC)
+        valid = of_rows(inside) & (step < of_rows(body))
+        place = of_rows(offset * VEC) + step
+        z = load_tile(logits, offset, body, inside, first + start, PACKS, LANES, VEC, ACC, not HAS_DENSE)
+        dz = gradient_of(z, of_tile[0], of_tile[1], of_tile[2], of_tile[3], SIGMOID)
+        if HAS_DENSE:
+            column = of_rows(head) + step
+            dz -= of_tile[0] * spread_tile(
+                target, smoothing, terms, place + of_rows(target_shift), column, valid, C, ACC
+            )
+        tl.store(out + (place + of_rows(out_shift)), dz.to(out.dtype.element_ty), mask=valid)
+
+    if not DENSE:
+        tl.debug_barrier()  # after other threads wrote there
+        # The columns of this program's tiles; the first one's have the edges, too.
+        least = tl.where(first == 0, 0, head + first)
+        most = tl.where(first + SPAN >= body, head + body, head + first + SPAN)
+        label_columns(
+            out, logits, target, smoothing, terms, terms[0], own_z, row, inside, least, most,
+            start_of_row + target_shift, start_of_row + out_shift, g_ce, level, slope, lse, C, ACC, SIGMOID,
+        )  # fmt: skip
+        if target.partner_labels is not None:
+            label_columns(
+                out, logits, target, smoothing, terms, terms[3], other_z, row, inside, least, most,
+                start_of_row + target_shift, start_of_row + out_shift, g_ce, level, slope, lse, C, ACC, SIGMOID,
+            )  # fmt: skip
 
 
 def _backward(
@@ -179,22 +238,21 @@ def _backward(
     buffer = unit_columns(out)
     logits = unit_columns(logits)
     n, columns = logits.shape
+    smoothing = prepare_smoothing(options.label_smoothing, columns)
     summed = rows.is_dense() or (options.label_smoothing != 0 and target.class_weight is not None)
     family = "row_gradient_summed" if summed else "row_gradient"
     in_place = buffer.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
-    # One program does a whole row if it must sum the row's targets first, or might sum its logits (LSE_IS_EXACT_TO) after
-    # another program wrote over them.
-    whole = summed or (in_place and not options.sigmoid)
 
     def run(tile: Tile) -> None:
-        span = triton.cdiv(columns, tile.block) * tile.block if whole else tile.block
-        row_gradient[(triton.cdiv(n, tile.rows), triton.cdiv(columns, span))](
-            buffer, logits, target, saved, tuple(grads), upstream, n, num_mixed,
+        # In place one program does a whole row: it might sum the row's logits (LSE_IS_EXACT_TO) after another wrote over them.
+        splits = 1 if in_place else splits_for(n, columns, tile.block)
+        span = triton.cdiv(triton.cdiv(columns, tile.block), splits) * tile.block
+        row_gradient[(triton.cdiv(n, tile.rows), splits)](
+            buffer, logits, target, smoothing, saved, tuple(grads), upstream, n, num_mixed,
             tuple(0 if grad is None else grad.stride(0) for grad in grads),
             C=columns, STRIDE=logits.stride(0), TARGET_STRIDE=target.labels.stride(0), OUT_STRIDE=buffer.stride(0),
-            LABEL_SMOOTHING=options.label_smoothing, IGNORE_INDEX=options.ignore_index, SIGMOID=options.sigmoid,
-            DETACHED=detached,
-            ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
+            IGNORE_INDEX=options.ignore_index, SIGMOID=options.sigmoid, DETACHED=detached, IN_PLACE=in_place,
+            **tile_shape(tile, logits), SPAN=span, **tile.launch,
         )  # fmt: skip
 
     if n:

@@ -14,38 +14,45 @@ from torch import Tensor
 
 from ...conventions import accumulate_dtype
 from ..arguments import LossArguments, Parts, RowOptions, RowTarget, check_logits
-from .launch import Tile, halves, launch_tiled, splits_for
+from .launch import Tile, halves, launch_tiled, splits_for, tile_shape
 from .rows import (
+    LOG_2,
     OF_CLEAN,
     OF_MIX,
     OF_PENALTY,
-    PEEL_FROM,
     aligned_part,
     anchor_of,
     dense_tile,
     edge_columns,
     fold,
+    join,
     label_terms,
+    load_tile,
+    of_rows,
     penalty_of,
+    prepare_smoothing,
     prepare_target,
     q_hat,
     quotient,
     sign_entropy,
+    steps,
     target_tile,
     unit_columns,
     whole,
     zero_where,
 )
 
+SUMS = tl.constexpr(
+    8
+)  # places for a program's six: ΣCE and shares of mixed rows, of clean ones, Σ penalties and their number
 MERGE_ROWS = 4  # split rows are few: a program merges four of at most 512
 
 
 @triton.jit
 def finish_rows(
-    logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-    program, programs, n, num_mixed, num_reg, threshold,
-    C: tl.constexpr, STRIDE: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-    SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
+    logits, target, smoothing, saved, sums, row, inside, top, total, weighted, linear, mass,
+    n, num_mixed, num_reg, threshold,
+    C: tl.constexpr, STRIDE: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
 ):  # fmt: skip
     """CE, H and lse of each row from its state; for the loss, signed H and lse, and the program's part of its six sums."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
@@ -57,13 +64,13 @@ def finish_rows(
         total = tl.where(total == 0, float("nan"), total)
         log_sum = tl.log(total)
         anchor = anchor_of(top)
-        entropy, lse = log_sum - quotient(weighted, total), top + log_sum
+        entropy, lse = log_sum - quotient(weighted * LOG_2, total), top + log_sum
     if DENSE:
         kept = (row * 0 + 1).to(ACC)
         ce = linear if SIGMOID else mass * zero_where(mass == 0, log_sum) - linear
     else:
         own, own_share, own_peak, other, other_share, other_peak = label_terms(
-            target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC
+            target, smoothing, row, inside, C, IGNORE_INDEX, ACC
         )
         kept = own_share + other_share
         if SIGMOID:
@@ -75,7 +82,7 @@ def finish_rows(
             # log_sum - (z - top), never lse - z: the large common part of the logits cancels first.
             ce = own_peak * zero_where(own_peak == 0, log_sum - (own_z - anchor))
             ce += other_peak * zero_where(other_peak == 0, log_sum - (other_z - anchor))
-            if LABEL_SMOOTHING != 0:
+            if smoothing is not None:
                 ce += kept * zero_where(kept == 0, mass * log_sum - linear)
     tl.store(saved[2] + row, lse, mask=inside)
     if sums is None:
@@ -89,73 +96,77 @@ def finish_rows(
         # NaN (a label out of range) counts as whole, so that it reaches the loss.
         counted = inside & (row >= n - num_reg) & ((kept == 1) | (kept != kept))
         tl.store(saved[1] + row, sign_entropy(entropy, tl.where(counted, slope, 0.0)), mask=inside)
-        tl.store(sums + program, tl.sum(tl.where(mixed, ce, 0.0), 0))
-        tl.store(sums + programs + program, tl.sum(tl.where(mixed, kept, 0.0), 0))
-        tl.store(sums + 2 * programs + program, tl.sum(tl.where(clean, ce, 0.0), 0))
-        tl.store(sums + 3 * programs + program, tl.sum(tl.where(clean, kept, 0.0), 0))
-        tl.store(sums + 4 * programs + program, tl.sum(tl.where(counted, value, 0.0), 0))
-        tl.store(sums + 5 * programs + program, tl.sum(tl.where(counted, 1.0, 0.0).to(ACC), 0))
+        # Beside one another, so that the rows of a program are added up once.
+        number = tl.arange(0, SUMS)[None, :]
+        parts = tl.where(number == 0, tl.where(mixed, ce, 0.0)[:, None], tl.where(mixed, kept, 0.0)[:, None])
+        parts = tl.where(number == 2, tl.where(clean, ce, 0.0)[:, None], parts)
+        parts = tl.where(number == 3, tl.where(clean, kept, 0.0)[:, None], parts)
+        parts = tl.where(number == 4, tl.where(counted, value, 0.0)[:, None], parts)
+        parts = tl.where(number == 5, tl.where(counted, 1.0, 0.0)[:, None], parts)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS), tl.sum(parts.to(ACC), 0))
 
 
 @triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
 def row_stats(
-    logits, target, saved, sums, states,
+    logits, target, smoothing, saved, sums, states,
     n, num_mixed, num_reg, threshold,
     C: tl.constexpr, STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, num_stages: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
+    ROWS: tl.constexpr, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     """Grid (row groups, splits): each program reads SPAN columns of ROWS rows. ``states`` (5, N, splits) or None."""
     DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating()
-    HAS_DENSE: tl.constexpr = DENSE or LABEL_SMOOTHING != 0
+    HAS_DENSE: tl.constexpr = DENSE or smoothing is not None
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    VEC: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    PEEL: tl.constexpr = C >= PEEL_FROM and (C % VEC != 0 or STRIDE % VEC != 0)
+    PEEL: tl.constexpr = VEC > 1 and (C % VEC != 0 or STRIDE % VEC != 0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
-    target_shift = row.to(tl.int64) * (TARGET_STRIDE - STRIDE)
+    target_shift = of_rows(row.to(tl.int64) * (TARGET_STRIDE - STRIDE))
     first = tl.program_id(1) * SPAN
     terms = None
     if SIGMOID and not DENSE:
-        terms = label_terms(target, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX, ACC)
+        terms = label_terms(target, smoothing, row, inside, C, IGNORE_INDEX, ACC)
 
-    top = tl.full((ROWS,), float("-inf"), ACC)
-    total = tl.zeros((ROWS,), ACC)
-    weighted = tl.zeros((ROWS,), ACC)
-    linear = tl.zeros((ROWS,), ACC)
-    mass = tl.zeros((ROWS,), ACC)
-    for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
-        step = (first + start + tl.arange(0, BLOCK))[None, :]
-        valid = inside[:, None] & (step < body[:, None])
-        place = offset[:, None] + step
-        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
-        y = z
-        column, y_place = head[:, None] + step, place + target_shift[:, None]
-        if SIGMOID:
-            y = target_tile(target, terms, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
-        elif HAS_DENSE:
-            y = dense_tile(target, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
-        top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
+    top = tl.full((ROWS, LANES), float("-inf"), ACC)
+    total = tl.zeros((ROWS, LANES), ACC)
+    weighted = tl.zeros((ROWS, LANES), ACC)
+    linear = tl.zeros((ROWS, LANES), ACC)
+    mass = tl.zeros((ROWS, LANES), ACC)
     if PEEL:
-        column, valid = edge_columns(head, body, C, VEC)
-        valid = valid & inside[:, None] & (first == 0)
-        place = (row.to(tl.int64) * STRIDE)[:, None] + column
-        z = tl.load(logits + place, mask=valid, other=float("-inf")).to(ACC)
-        y = z
-        y_place = place + target_shift[:, None]
+        edge, edge_valid = edge_columns(head, body, C, LANES, VEC)
+        edge_valid = edge_valid & of_rows(inside) & (first == 0)
+        edge_place = of_rows(row.to(tl.int64) * STRIDE) + edge
+        edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
+        edge_y = edge_z
         if SIGMOID:
-            y = target_tile(target, terms, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
+            edge_y = target_tile(target, smoothing, terms, edge_place + target_shift, edge, edge_valid, C, ACC)
         elif HAS_DENSE:
-            y = dense_tile(target, y_place, column, valid, C, LABEL_SMOOTHING, ACC)
+            edge_y = dense_tile(target, smoothing, edge_place + target_shift, edge, edge_valid, C, ACC)
+        top, total, weighted, linear, mass = fold(
+            top, total, weighted, linear, mass, edge_z, edge_y, HAS_DENSE, SIGMOID
+        )
+    for start in tl.range(0, SPAN, PACKS * LANES * VEC, num_stages=num_stages):
+        z = load_tile(logits, offset, body, inside, first + start, PACKS, LANES, VEC, ACC, not (HAS_DENSE or SIGMOID))
+        y = z
+        if HAS_DENSE or SIGMOID:
+            step = steps(first + start, PACKS, LANES, VEC)
+            valid, column = of_rows(inside) & (step < of_rows(body)), of_rows(head) + step
+            place = of_rows(offset * VEC) + step + target_shift
+            if SIGMOID:
+                y = target_tile(target, smoothing, terms, place, column, valid, C, ACC)
+            else:
+                y = dense_tile(target, smoothing, place, column, valid, C, ACC)
+            if not DENSE:
+                y = tl.where(z > float("inf"), z, y)  # nowhere: but constants beside a tile lie in its threads then
         top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
 
+    top, total, weighted, linear, mass = join(top, total, weighted, linear, mass, HAS_DENSE, SIGMOID)
     if states is None:
         finish_rows(
-            logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-            tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg, threshold,
-            C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY,
+            logits, target, smoothing, saved, sums, row, inside, top, total, weighted, linear, mass,
+            n, num_mixed, num_reg, threshold, C, STRIDE, IGNORE_INDEX, SIGMOID, PENALTY,
         )  # fmt: skip
     else:
         plane = n * tl.num_programs(1)
@@ -170,44 +181,29 @@ def row_stats(
 
 @triton.jit(do_not_specialize=["n", "num_mixed", "num_reg"])
 def merge_stats(
-    logits, target, saved, sums, states,
+    logits, target, smoothing, saved, sums, states,
     n, num_mixed, num_reg, threshold,
-    C: tl.constexpr, STRIDE: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr,
-    PENALTY: tl.constexpr,
+    C: tl.constexpr, STRIDE: tl.constexpr, IGNORE_INDEX: tl.constexpr, SIGMOID: tl.constexpr, PENALTY: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The second stage of split rows: the states of a row's parts brought to one maximum and added, in one order."""
-    HAS_DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating() or LABEL_SMOOTHING != 0
+    HAS_DENSE: tl.constexpr = target.labels.dtype.element_ty.is_floating() or smoothing is not None
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     plane = n * SPLITS
     state = states + row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
     mask = inside[:, None]
-    part_top = tl.load(state, mask=mask, other=0.0)
-    part_total = tl.load(state + plane, mask=mask, other=0.0)
-    part_weighted = tl.load(state + 2 * plane, mask=mask, other=0.0)
-    top = tl.max(part_top, 1)
-    linear = tl.zeros((ROWS,), states.dtype.element_ty)
-    mass = tl.zeros((ROWS,), states.dtype.element_ty)
-    if SIGMOID:
-        total = tl.sum(part_total, 1)
-        weighted = tl.sum(part_weighted, 1)
-    else:
-        anchor = anchor_of(top)[:, None]
-        decay = tl.exp(part_top - anchor)
-        move = anchor_of(part_top) - anchor
-        total = tl.sum(decay * part_total, 1)
-        weighted = tl.sum(decay * (part_weighted + move * part_total), 1)
+    tops = tl.load(state, mask=mask, other=0.0)
+    totals = tl.load(state + plane, mask=mask, other=0.0)
+    weighteds = tl.load(state + 2 * plane, mask=mask, other=0.0)
+    linears, masses = totals, totals
     if HAS_DENSE or SIGMOID:
-        part_linear = tl.load(state + 3 * plane, mask=mask, other=0.0)
-        part_mass = tl.load(state + 4 * plane, mask=mask, other=0.0)
-        mass = tl.sum(part_mass, 1)
-        linear = tl.sum(part_linear, 1) if SIGMOID else tl.sum(part_linear + move * part_mass, 1)
+        linears = tl.load(state + 3 * plane, mask=mask, other=0.0)
+        masses = tl.load(state + 4 * plane, mask=mask, other=0.0)
+    top, total, weighted, linear, mass = join(tops, totals, weighteds, linears, masses, HAS_DENSE, SIGMOID)
     finish_rows(
-        logits, target, saved, sums, row, inside, top, total, weighted, linear, mass,
-        tl.program_id(0), tl.num_programs(0), n, num_mixed, num_reg, threshold,
-        C, STRIDE, LABEL_SMOOTHING, IGNORE_INDEX, SIGMOID, PENALTY,
+        logits, target, smoothing, saved, sums, row, inside, top, total, weighted, linear, mass,
+        n, num_mixed, num_reg, threshold, C, STRIDE, IGNORE_INDEX, SIGMOID, PENALTY,
     )  # fmt: skip
 
 
@@ -217,38 +213,34 @@ def one_over(count):
     return tl.where(count > 0, quotient(count * 0 + 1, tl.where(count > 0, count, 1.0)), 0.0)
 
 
+@triton.jit
+def part_of(added, number, which: tl.constexpr):
+    return tl.sum(tl.sum(tl.where(number == which, added, 0.0), 1), 0)
+
+
 @triton.jit(do_not_specialize=["programs"])
 def loss_total(
     loss, parts, sums, eta, reg_weight,
     programs, clean_weight,
     HAS_CLEAN: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """L and its ``Parts`` from the sums of every program; one program, so that the order is fixed."""
-    ce = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    rows_mix = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    clean = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    rows_clean = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    value = tl.zeros((BLOCK,), sums.dtype.element_ty)
-    rows_reg = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    """L and its ``Parts`` from the (programs, SUMS) of ``finish_rows``; one program, so that the order is fixed."""
+    number = tl.arange(0, SUMS)[None, :]
+    added = tl.zeros((BLOCK, SUMS), sums.dtype.element_ty)
     start = 0  # and while: as in sums.gather_rows
     while start < programs:
-        program = start + tl.arange(0, BLOCK)
-        mask = program < programs
-        ce += tl.load(sums + program, mask=mask, other=0.0)
-        rows_mix += tl.load(sums + programs + program, mask=mask, other=0.0)
-        clean += tl.load(sums + 2 * programs + program, mask=mask, other=0.0)
-        rows_clean += tl.load(sums + 3 * programs + program, mask=mask, other=0.0)
-        value += tl.load(sums + 4 * programs + program, mask=mask, other=0.0)
-        rows_reg += tl.load(sums + 5 * programs + program, mask=mask, other=0.0)
+        program = (start + tl.arange(0, BLOCK))[:, None]
+        added += tl.load(sums + program * SUMS + number, mask=program < programs, other=0.0)
         start += BLOCK
-    rows_mix = tl.sum(rows_mix, 0)
+    added = tl.sum(added, 0)[None, :]
+    rows_mix = part_of(added, number, 1)
     per_mix = one_over(rows_mix)
-    per_clean = one_over(tl.sum(rows_clean, 0))
-    per_reg = one_over(tl.sum(rows_reg, 0)) * tl.load(reg_weight)
+    per_clean = one_over(part_of(added, number, 3))
+    per_reg = one_over(part_of(added, number, 5)) * tl.load(reg_weight)
     strength = tl.load(eta)
-    mix_loss = tl.sum(ce, 0) * per_mix
-    clean_loss = tl.sum(clean, 0) * per_clean
-    reg = tl.sum(value, 0) * per_reg
+    mix_loss = part_of(added, number, 0) * per_mix
+    clean_loss = part_of(added, number, 2) * per_clean
+    reg = part_of(added, number, 4) * per_reg
     cross_entropy = mix_loss
     if HAS_CLEAN:  # 0·∞ is NaN
         cross_entropy += clean_loss * whole(clean_weight, clean_loss)
@@ -285,8 +277,8 @@ def _forward(
     num_mixed, num_reg = (loss.num_mixed, loss.num_reg) if loss else (0, 0)
     threshold = halves(loss.threshold if loss else 1.0)
     shape = {"C": columns, "STRIDE": logits.stride(0)}
+    smoothing = prepare_smoothing(options.label_smoothing, columns)
     flags = {
-        "LABEL_SMOOTHING": options.label_smoothing,
         "IGNORE_INDEX": options.ignore_index,
         "SIGMOID": options.sigmoid,
         "PENALTY": loss.penalty if loss else 0,
@@ -296,23 +288,23 @@ def _forward(
         splits = splits_for(n, columns, tile.block)
         span = triton.cdiv(triton.cdiv(columns, tile.block), splits) * tile.block
         groups = triton.cdiv(n, MERGE_ROWS if splits > 1 else tile.rows)
-        sums = new((6, groups)) if loss else None
+        sums = new((groups, SUMS.value)) if loss else None
         states = new((5, n, splits)) if splits > 1 else None
         if n:
             row_stats[(triton.cdiv(n, tile.rows), splits)](
-                logits, target, saved, sums, states, n, num_mixed, num_reg, threshold,
+                logits, target, smoothing, saved, sums, states, n, num_mixed, num_reg, threshold,
                 **shape, TARGET_STRIDE=target.labels.stride(0), **flags,
-                ROWS=tile.rows, BLOCK=tile.block, SPAN=span, **tile.launch,
+                **tile_shape(tile, logits), SPAN=span, **tile.launch,
             )  # fmt: skip
         if n and splits > 1:
             merge_stats[(groups,)](
-                logits, target, saved, sums, states, n, num_mixed, num_reg, threshold,
+                logits, target, smoothing, saved, sums, states, n, num_mixed, num_reg, threshold,
                 **shape, **flags, ROWS=MERGE_ROWS, SPLITS=splits, num_warps=1, num_stages=1,
             )  # fmt: skip
         if loss:
             loss_total[(1,)](
                 total, parts, sums, loss.eta, loss.reg_weight, groups, halves(loss.clean_weight),
-                HAS_CLEAN=loss.clean_weight != 0, RESCALE=loss.rescale, BLOCK=1024, num_warps=4, num_stages=1,
+                HAS_CLEAN=loss.clean_weight != 0, RESCALE=loss.rescale, BLOCK=1024, num_warps=8, num_stages=1,
             )  # fmt: skip
 
     launch_tiled("row_stats_dense" if target.labels.dim() == 2 else "row_stats", logits, columns, run)

@@ -38,26 +38,22 @@ ANY = 1 << 62
 
 # family -> accumulation dtype -> {longest row: tile}; a row longer than its tile is looped over.
 #
-# Stages are chosen from code compiled for sm_90; no GPU has timed any. Rows that fit one tile give the same PTX at 1 to
-# 4, so 1. At 2, row_stats copies the next tile by 16-byte cp.async while it reduces this one: 8 KiB of shared memory a
-# program and 40 registers as before (bfloat16), or 16 KiB and 40 -> 45 (float32); row_gradient_summed takes 12 KiB and
-# 61 -> 52 registers. 3 and 4 take as much shared memory again, each. Split rows are four programs a multiprocessor:
-# 32 KiB of bfloat16, where 4.3 TB/s at an assumed latency of 0.8 µs ask for 26 KB at all times, so 2.
-# Dense targets have three times that on their way at 1, and at 2 went from 60 registers to 79 and spilled on sm_100;
-# dot_rows has twice that and no reduction to wait for, gather_rows has no range to pipeline, mixing and "row_gradient"
-# have a program for each tile: so 1.
-# The loops name their stages themselves: at a launch alone they matter only to loops with a tl.dot.
-# https://github.com/triton-lang/triton/blob/main/lib/Dialect/TritonGPU/Transforms/Pipeliner/AssignLatencies.cpp
+# A thread has 32 values of a row, four 16-byte loads of bfloat16 on their way before the first is used. That is enough: at an
+# assumed latency of 0.8 µs, 4.3 TB/s ask for 26 KB of a multiprocessor at all times, and its 1280 threads have 80 KB. One stage
+# everywhere: with two, the next tile would be copied to shared memory meanwhile, and a barrier stand in the loop. No GPU has
+# timed any of this; the counts are those of `python -m bench aot`.
 TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
     "row_stats": {
         torch.float32: {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 8, 1),
-            1024: Tile(1, 1024, 4, 1),
-            ANY: Tile(1, 4096, 8, 2),
+            1024: Tile(4, 1024, 4, 1),
+            2048: Tile(2, 2048, 4, 1),
+            4096: Tile(1, 4096, 4, 1),
+            ANY: Tile(1, 8192, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 2)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     # The same where targets are dense: a second stream as long as the first.
     "row_stats_dense": {
@@ -65,7 +61,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 8, 1),
-            1024: Tile(1, 1024, 4, 1),
+            1024: Tile(2, 1024, 4, 1),
             ANY: Tile(1, 4096, 8, 1),
         },
         torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
@@ -75,8 +71,10 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 4, 1),
-            1024: Tile(1, 1024, 4, 1),
-            ANY: Tile(1, 4096, 8, 1),
+            1024: Tile(4, 1024, 4, 1),
+            2048: Tile(2, 2048, 4, 1),
+            4096: Tile(1, 4096, 4, 1),
+            ANY: Tile(1, 8192, 8, 1),
         },
         torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
@@ -86,10 +84,10 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 4, 1),
-            1024: Tile(1, 1024, 4, 1),
-            ANY: Tile(1, 2048, 8, 2),
+            1024: Tile(2, 1024, 4, 1),
+            ANY: Tile(1, 4096, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 1024, 8, 2)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     "mix": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
@@ -162,6 +160,23 @@ def neighbours(tile: Tile, looped: bool) -> Iterator[Tile]:
             yield tile._replace(block=tile.block * num // den)
     if looped:
         yield from (tile._replace(stages=stages) for stages in STAGES if stages != tile.stages)
+
+
+PEEL_FROM = 512  # shorter rows have too few columns for separate edges to pay
+
+
+def tile_shape(tile: Tile, logits: Tensor) -> dict[str, int]:
+    """A tile of rows as the kernels of logits have it: PACKS × ROWS × LANES × VEC.
+
+    VEC columns are 16 bytes, or one where short rows do not begin at multiples of that. Long tiles have a lane for each thread.
+    """
+    columns, vec = logits.shape[1], 16 // logits.element_size()
+    if columns < PEEL_FROM and (columns % vec or logits.stride(0) % vec):
+        vec = 1
+    lanes = max(tile.block // vec, 1)
+    if tile.block >= PEEL_FROM:
+        lanes = min(lanes, max(tile.warps * 32 // tile.rows, 2 * vec))
+    return {"ROWS": tile.rows, "PACKS": tile.block // (lanes * vec), "LANES": lanes, "VEC": vec}
 
 
 def device_of(like: Tensor) -> AbstractContextManager:

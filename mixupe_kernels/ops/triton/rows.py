@@ -1,9 +1,12 @@
 """Device functions of one row of logits: where its columns lie, its targets, its running state and its gradient.
 
-All of them work on tiles of several rows, (ROWS, BLOCK). Invalid columns hold a logit of -∞ and a target of 0, which
-add 0 to every sum.
+All of them work on tiles of several rows, (PACKS, ROWS, LANES, VEC): a thread of a lane holds PACKS packs of VEC neighbouring
+columns, one 16-byte load each, so that the reductions within a lane are a thread's own and no barrier or shuffle stands
+in a loop. Invalid columns hold a logit of -∞ and a target of 0, which add 0 to every sum.
 """
 
+import math
+import os
 from typing import NamedTuple
 
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import Parts, RowTarget
+from .launch import halves
 
 
 class Target(NamedTuple):
@@ -25,7 +29,27 @@ class Target(NamedTuple):
 OF_MIX, OF_CLEAN, OF_PENALTY = (
     tl.constexpr(Parts._fields.index(name)) for name in ("of_mix", "of_clean", "of_penalty")
 )
-PEEL_FROM = tl.constexpr(512)  # shorter rows have too few columns for separate edges to pay
+LOG2_E, LOG_2 = tl.constexpr(1 / math.log(2)), tl.constexpr(math.log(2))
+# Under this exponent of 2 a term of a sum is 0: -∞ is brought to it, as 0·∞ is NaN.
+LEAST_EXPONENT = tl.constexpr(-2000.0)
+
+
+# The interpreter's maximum warns of lanes of nothing but NaN, which a GPU's leaves out.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Smoothing(NamedTuple):
+    """Label smoothing ε of C classes as arguments of a kernel, ``launch.halves`` each: 1 - ε, ε / C and ε. None is no smoothing."""
+
+    kept: tuple[float, float]
+    uniform: tuple[float, float]
+    whole: tuple[float, float]
+
+
+def prepare_smoothing(label_smoothing: float, columns: int) -> Smoothing | None:
+    if label_smoothing == 0:
+        return None
+    return Smoothing(halves(1 - label_smoothing), halves(label_smoothing / columns), halves(label_smoothing))
 
 
 def unit_columns(rows: Tensor) -> Tensor:
@@ -47,26 +71,73 @@ def prepare_target(target: RowTarget, class_weight: Tensor | None) -> Target:
 
 @triton.jit
 def aligned_part(row, C: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr):
-    """(offset, head, body): the aligned part of each row begins ``head`` columns into it and has ``body`` columns."""
-    start = row.to(tl.int64) * STRIDE
+    """(offset, head, body): each row's aligned part, ``offset`` packs into memory and ``head`` columns into it, of ``body`` columns."""
     if PEEL:
-        offset = (start + (VEC - 1)) // VEC * VEC
-        head = (offset - start).to(tl.int32)
+        start = row.to(tl.int64) * STRIDE
+        offset = (start + (VEC - 1)) // VEC
+        head = (offset * VEC - start).to(tl.int32)
         body = (C - head) // VEC * VEC
     else:
-        offset = start
+        offset = row.to(tl.int64) * (STRIDE // VEC)
         head = row * 0
         body = head + C
     return offset, head, body
 
 
 @triton.jit
-def edge_columns(head, body, C: tl.constexpr, VEC: tl.constexpr):
-    """(columns, valid), (ROWS, 2 VEC): what lies before and after the aligned part."""
-    lane = tl.arange(0, 2 * VEC)[None, :]
-    after = (head + body)[:, None] + lane - VEC
-    column = tl.where(lane < VEC, lane, after)
-    return column, tl.where(lane < VEC, lane < head[:, None], after < C)
+def of_rows(values):
+    """Values of rows, (ROWS,), beside a tile."""
+    return values[None, :, None, None]
+
+
+@triton.jit
+def of_lanes(values):
+    """Values of lanes, (ROWS, LANES), beside a tile."""
+    return values[None, :, :, None]
+
+
+@triton.jit
+def sum_of_lanes(values):
+    """(ROWS, LANES) sums of a tile's columns."""
+    return tl.sum(tl.sum(values, 3), 0)
+
+
+@triton.jit
+def steps(first, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The columns of a tile from the ``first`` of the rows' aligned parts on."""
+    pack = tl.arange(0, PACKS)[:, None, None, None] * LANES + tl.arange(0, LANES)[None, None, :, None]
+    return first + pack * VEC + tl.arange(0, VEC)[None, None, None, :]
+
+
+@triton.jit
+def load_tile(
+    logits, offset, body, inside, first,
+    PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """A tile of logits. bfloat16 are read in pairs, of which either half is a float32 but for its low bits: one instruction a logit.
+
+    Not so beside tiles of targets, which lie in threads otherwise: they are ``ALONE``, or one of the two crosses shared memory.
+    """
+    if ALONE and logits.dtype.element_ty == tl.bfloat16 and VEC > 1:
+        HALF: tl.constexpr = VEC // 2
+        pairs = logits.to(tl.pointer_type(tl.int32), bitcast=True)
+        step = steps(first // 2, PACKS, LANES, HALF)
+        valid = of_rows(inside) & (step < of_rows(body // 2))
+        pair = tl.load(pairs + (of_rows(offset * HALF) + step), mask=valid, other=-0x7F0080)  # -∞ twice
+        low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -0x10000).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), (PACKS, valid.shape[1], LANES, VEC))
+    else:
+        step = steps(first, PACKS, LANES, VEC)
+        valid = of_rows(inside) & (step < of_rows(body))
+        return tl.load(logits + (of_rows(offset * VEC) + step), mask=valid, other=float("-inf")).to(ACC)
+
+
+@triton.jit
+def edge_columns(head, body, C: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """(columns, valid) of what lies before and after the aligned part, as a tile of one column a lane."""
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    column = tl.where(lane < VEC, lane, of_rows(head + body) + lane - VEC)
+    return column, (lane < 2 * VEC) & tl.where(lane < VEC, lane < of_rows(head), column < C)
 
 
 # Targets. Of a target of class indices, `share` is how much of the row's weight a label carries (0 where ignored) and
@@ -76,13 +147,15 @@ def edge_columns(head, body, C: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def label_term(
     labels, weight, class_weight, row, inside,
-    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    smoothing, C: tl.constexpr, IGNORE_INDEX: tl.constexpr,
 ):  # fmt: skip
     label = tl.load(labels + row, mask=inside, other=IGNORE_INDEX)
     kept = label != IGNORE_INDEX
     readable = kept & (label >= 0) & (label < C)
     share = tl.where(kept, tl.where(readable, weight, float("nan")), 0.0)
-    peak = share * (1 - LABEL_SMOOTHING)
+    peak = share
+    if smoothing is not None:
+        peak = share * whole(smoothing.kept, share)
     if class_weight is not None:
         peak *= tl.load(class_weight + label, mask=readable, other=0.0)
     return tl.where(readable, label, -1).to(tl.int32), share, peak
@@ -90,60 +163,68 @@ def label_term(
 
 @triton.jit
 def label_terms(
-    target, row, inside,
-    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, IGNORE_INDEX: tl.constexpr, ACC: tl.constexpr,
+    target, smoothing, row, inside,
+    C: tl.constexpr, IGNORE_INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(column, share, peak) of the own label, then of the partner's (column -1 and weight 0 where there is none)."""
+    """(column, share, peak) of the own label, then of the partner's (column -1 and weight 0 where there is none).
+
+    A row of dense targets has a share of 1 in no column.
+    """
     weight = (row * 0 + 1).to(ACC)
-    if target.partner_labels is None:
+    if target.labels.dtype.element_ty.is_floating():
+        return row * 0 - 1, weight, weight * 0, row * 0 - 1, weight * 0, weight * 0
+    elif target.partner_labels is None:
         column, share, peak = label_term(
-            target.labels, weight, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
+            target.labels, weight, target.class_weight, row, inside, smoothing, C, IGNORE_INDEX
         )
         return column, share, peak, row * 0 - 1, weight * 0, weight * 0
     else:
         lam = tl.load(target.lam + row, mask=inside, other=1.0).to(ACC)
         column, share, peak = label_term(
-            target.labels, lam, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
+            target.labels, lam, target.class_weight, row, inside, smoothing, C, IGNORE_INDEX
         )
         other, other_share, other_peak = label_term(
-            target.partner_labels, 1 - lam, target.class_weight, row, inside, C, LABEL_SMOOTHING, IGNORE_INDEX
+            target.partner_labels, 1 - lam, target.class_weight, row, inside, smoothing, C, IGNORE_INDEX
         )
         return column, share, peak, other, other_share, other_peak
 
 
 @triton.jit
-def dense_tile(
-    target, offset, column, valid,
-    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def dense_tile(target, smoothing, offset, column, valid, C: tl.constexpr, ACC: tl.constexpr):
     """The part of y that every column has: dense targets, or the smoothing of indices before their share."""
+    y = tl.zeros(valid.shape, ACC)
     if target.labels.dtype.element_ty.is_floating():
         y = tl.load(target.labels + offset, mask=valid, other=0.0).to(ACC)
-        if LABEL_SMOOTHING != 0:
-            y = y * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / C
-    else:
-        y = tl.full(valid.shape, LABEL_SMOOTHING / C, ACC)
+        if smoothing is not None:
+            y = y * whole(smoothing.kept, y) + whole(smoothing.uniform, y)
+    elif smoothing is not None:
+        y = whole(smoothing.uniform, y)
     if target.class_weight is not None:
         y *= tl.load(target.class_weight + column, mask=valid, other=0.0)
     return tl.where(valid, y, 0.0)
 
 
 @triton.jit
-def target_tile(
-    target, terms, place, column, valid,
-    C: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def spread_tile(target, smoothing, terms, place, column, valid, C: tl.constexpr, ACC: tl.constexpr):
+    """y of a tile but for the peaks of its labels."""
+    y = dense_tile(target, smoothing, place, column, valid, C, ACC)
+    if not target.labels.dtype.element_ty.is_floating():
+        y *= of_rows(terms[1] + terms[4])
+    return y
+
+
+@triton.jit
+def target_tile(target, smoothing, terms, place, column, valid, C: tl.constexpr, ACC: tl.constexpr):
     """y of a tile: dense, or the peaks of the labels and the smoothing by the row's share."""
     if target.labels.dtype.element_ty.is_floating():
-        y = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
+        y = dense_tile(target, smoothing, place, column, valid, C, ACC)
     else:
         own, own_share, own_peak, other, other_share, other_peak = terms
-        y = tl.where(column == own[:, None], own_peak[:, None], 0.0)
+        y = tl.where(column == of_rows(own), of_rows(own_peak), 0.0)
         if target.partner_labels is not None:
-            y += tl.where(column == other[:, None], other_peak[:, None], 0.0)
-        if LABEL_SMOOTHING != 0:
-            smoothing = dense_tile(target, place, column, valid, C, LABEL_SMOOTHING, ACC)
-            y += smoothing * (own_share + other_share)[:, None]
+            y += tl.where(column == of_rows(other), of_rows(other_peak), 0.0)
+        if smoothing is not None:
+            y += spread_tile(target, smoothing, terms, place, column, valid, C, ACC)
     return y
 
 
@@ -178,33 +259,63 @@ def anchor_of(top):
 
 
 @triton.jit
-def fold(top, total, weighted, linear, mass, z, y, HAS_DENSE: tl.constexpr, SIGMOID: tl.constexpr):
-    """The state of each row with one more tile in it.
+def exponent(shifted):
+    """log2 e^shifted. ``tl.exp2`` of it is one instruction on a GPU of NVIDIA, where ``tl.exp`` takes care of subnormals, too."""
+    return shifted * LOG2_E
 
-    Softmax: top = max z, total = Σ e^(z - top), weighted = Σ e^(z - top) (z - top), linear = Σ y (z - top), mass = Σ y.
+
+@triton.jit
+def fold(top, total, weighted, linear, mass, z, y, HAS_DENSE: tl.constexpr, SIGMOID: tl.constexpr):
+    """The state of each lane with one more tile in it; ``join`` makes the rows' of it.
+
+    Softmax: top = max z, total = Σ e^(z - top), weighted = Σ e^(z - top) log2 e^(z - top), linear = Σ y (z - top), mass = Σ y.
     Sigmoid: total = Σ softplus(z), weighted = Σ H, linear = Σ softplus(z) - y z: of two sums the difference would cancel.
     """
     if SIGMOID:
-        e = tl.exp(-tl.abs(z))
+        e = tl.exp2(exponent(-tl.abs(z)))
         log1p_e = log1p_of(e)
         softplus = tl.maximum(z, 0.0) + log1p_e
-        total += tl.sum(softplus, 1)
-        weighted += tl.sum(log1p_e + zero_where(e == 0, tl.abs(z)) * e / (1 + e), 1)
-        linear += tl.sum(softplus - y * zero_where(y == 0, z), 1)
+        total += sum_of_lanes(softplus)
+        weighted += sum_of_lanes(log1p_e + zero_where(e == 0, tl.abs(z)) * e / (1 + e))
+        linear += sum_of_lanes(softplus - y * zero_where(y == 0, z))
     else:
-        new_top = tl.maximum(top, tl.max(z, 1))
+        seen = tl.where(z == z, z, float("-inf")) if INTERPRETED else z
+        new_top = tl.maximum(top, tl.max(tl.max(seen, 3), 0))
         anchor = anchor_of(new_top)
-        shifted = z - anchor[:, None]
-        e = tl.exp(shifted)
-        decay = tl.exp(top - anchor)
-        move = anchor_of(top) - anchor
-        weighted = decay * (weighted + move * total) + tl.sum(e * zero_where(e == 0, shifted), 1)
-        total = decay * total + tl.sum(e, 1)
+        shifted = z - of_lanes(anchor)
+        power = exponent(shifted)
+        e = tl.exp2(power)
+        moved = anchor_of(top) - anchor
+        decay = tl.exp2(exponent(top - anchor))
+        weighted = decay * (weighted + exponent(moved) * total) + sum_of_lanes(e * tl.maximum(power, LEAST_EXPONENT))
+        total = decay * total + sum_of_lanes(e)
         if HAS_DENSE:
-            linear += move * mass + tl.sum(y * zero_where(y == 0, shifted), 1)
+            linear += moved * mass + sum_of_lanes(y * zero_where(y == 0, shifted))
         top = new_top
     if HAS_DENSE:
-        mass += tl.sum(y, 1)
+        mass += sum_of_lanes(y)
+    return top, total, weighted, linear, mass
+
+
+@triton.jit
+def join(tops, totals, weighteds, linears, masses, HAS_DENSE: tl.constexpr, SIGMOID: tl.constexpr):
+    """The state of each row from those of its parts, (ROWS, parts)."""
+    top = tl.max(tops, 1)
+    linear, mass = tl.zeros_like(top), tl.zeros_like(top)
+    if SIGMOID:
+        total = tl.sum(totals, 1)
+        weighted = tl.sum(weighteds, 1)
+        linear = tl.sum(linears, 1)
+    else:
+        anchor = anchor_of(top)[:, None]
+        decay = tl.exp2(exponent(tops - anchor))
+        moved = anchor_of(tops) - anchor
+        total = tl.sum(decay * totals, 1)
+        weighted = tl.sum(decay * (weighteds + exponent(moved) * totals), 1)
+        if HAS_DENSE:
+            linear = tl.sum(linears + moved * masses, 1)
+    if HAS_DENSE:
+        mass = tl.sum(masses, 1)
     return top, total, weighted, linear, mass
 
 
@@ -259,21 +370,17 @@ def split_sign(signed):
 
 
 @triton.jit
-def gradient_tile(z, y, g_ce, g_entropy, g_p, entropy, lse, SIGMOID: tl.constexpr):
-    """dz of a tile; g_p, g_ce·Σy + g_lse (of sigmoids g_lse alone), multiplies p.
+def gradient_of(z, g_ce, level, slope, lse, SIGMOID: tl.constexpr):
+    """(p or its like, dz but for g_ce·y) of logits whose rows' values lie beside them.
 
-    The label columns are subtracted here, in the accumulation dtype, before the one store: read back and corrected in
-    bfloat16, a gradient whose p rounds to 1 would be lost altogether.
+    Softmax: dz = p (level - slope·log2 p) - g_ce·y. Sigmoid: level is g_lse, slope g_H.
     """
-    g_ce, g_entropy, g_p = g_ce[:, None], g_entropy[:, None], g_p[:, None]
     if SIGMOID:
-        e = tl.exp(-tl.abs(z))
+        e = tl.exp2(exponent(-tl.abs(z)))
         small = 1 / (1 + e)
         p = tl.where(z >= 0, small, e * small)
         variance = e * small * small
-        return g_ce * (p - y) + g_p * p - g_entropy * variance * zero_where(variance == 0, z)
+        return g_ce * p + level * p - slope * variance * zero_where(variance == 0, z)
     else:
-        log_p = z - lse[:, None]
-        p = tl.exp(log_p)
-        from_entropy = p * zero_where(p == 0, log_p + entropy[:, None])
-        return p * g_p - g_entropy * from_entropy - g_ce * y
+        power = exponent(z - lse)
+        return tl.exp2(power) * (level - slope * tl.maximum(power, LEAST_EXPONENT))
