@@ -19,7 +19,7 @@ LAWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: "Custom" if isinstance(law, sampling.Custom) else repr(law))
 def test_moments_of_theta_are_those_of_what_is_drawn(law):
     lam = law.sample((400_000,), torch.Generator().manual_seed(0), CPU).double()
     theta = torch.maximum(lam, 1 - lam)
