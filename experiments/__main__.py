@@ -75,13 +75,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier call's rows instead of resuming")
     parser.add_argument(
-        "--out", type=Path, help="where to write (default: experiments/results; quick: run/experiments)"
+        "--out",
+        type=Path,
+        help="where to write (default: experiments/results; run/experiments if quick, or if the rows there are of other settings)",
     )
     given = parser.parse_args(arguments[1:])
     torch.set_num_threads(given.threads)
     seeds = given.seeds or (2 if given.quick else 8)
-    out = given.out or (Path("run/experiments") if given.quick else frame.RESULTS)
     options = frame.Options(given.quick, given.full, seeds, given.data)
+    out = given.out or frame.place(name, options)
     frame.execute(module, name, f"{name}: {entry.what} ({entry.source})", options, out, given.fresh)
     return 0
 

@@ -1,7 +1,8 @@
 """What every experiment shares: cells that are computed once and resumed, rows as CSV, one table, one picture.
 
 A module of an experiment has ``cells(options)``, the names of its parts, none twice; ``run(cell, options)``, the rows of one;
-``table(rows)``, headers and lines; and ``draw(rows, figure)``. A row is a flat dict, with the same keys in all rows.
+``table(rows)``, headers and lines; and ``draw(rows, figure)``. A row is a flat dict, with the same keys in all rows. In a file it has
+its cell and the settings that it was computed with, so that rows of other settings are not taken for done.
 """
 
 import csv
@@ -9,6 +10,7 @@ import dataclasses
 import statistics
 import sys
 import types
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,16 @@ class Options:
     def pick(self, quick, normal, full=None):
         """The value for the size of this run; ``full`` is ``normal`` where it is not given."""
         return quick if self.quick else full if self.full and full is not None else normal
+
+    @property
+    def settings(self) -> str:
+        """What the rows of a run depend on, in a word; a folder counts by what it holds, not by where it is."""
+        words = ["quick"] * self.quick + ["full"] * self.full + [f"seeds={self.seeds}"]
+        if self.data:
+            held = sorted(path for path in self.data.iterdir() if not path.name.startswith("."))
+            listed = "\n".join(f"{path.name} {path.stat().st_size if path.is_file() else 'folder'}" for path in held)
+            words.append(f"data={zlib.crc32(listed.encode()):08x}")
+        return " ".join(words)
 
 
 class Lines(NamedTuple):
@@ -69,30 +81,38 @@ def _text(value: str | int | float) -> str:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows of one cell, all at once, to the file; the first rows give it its columns."""
+    """Add rows of one cell, all at once, to the file; the first rows give it its columns, and others raise ValueError."""
     fresh = not path.exists()
+    columns = list(rows[0]) if fresh else next(csv.reader(path.open(newline="")))
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
 
 
 def compute(module: types.ModuleType, options: Options, store: Path, console: Console, name: str = "") -> list[Row]:
-    """Run every cell that ``store`` does not hold yet, and return the rows of all of this run's cells."""
-    names = [str(cell) for cell in module.cells(options)]
-    done = {row["cell"] for row in read(store)} if store.exists() else set()
+    """Run every cell that ``store`` does not hold yet with these settings, and return the rows of all of this run's cells."""
+    names, settings = [str(cell) for cell in module.cells(options)], options.settings
+    done = {row["cell"] for row in select(read(store), settings=settings)} if store.exists() else set()
     columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=len(names))
         for cell in names:
             if cell not in done:
                 progress.update(task, description=f"{name}: {cell}")
-                append(store, [{"cell": cell, **row} for row in module.run(cell, options)])
+                append(store, [{"cell": cell, "settings": settings, **row} for row in module.run(cell, options)])
             progress.advance(task)
         progress.update(task, description=f"{name}: done")
     wanted = set(names)
-    return [row for row in read(store) if row["cell"] in wanted]
+    return [row for row in select(read(store), settings=settings) if row["cell"] in wanted]
+
+
+def place(name: str, options: Options) -> Path:
+    """The folder for rows and picture: RESULTS, unless its rows are of other settings, or the run is a quick one."""
+    committed = RESULTS / f"{name}.csv"
+    settled = not committed.exists() or all(row["settings"] == options.settings for row in read(committed))
+    return RESULTS if settled and not options.quick else Path("run/experiments")
 
 
 def show(lines: Lines, title: str, console: Console) -> None:

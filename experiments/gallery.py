@@ -15,7 +15,8 @@ HEAD = """# Gallery
 The experiments of the papers behind this project, each one command. Networks here are small and data sets those that wheels carry,
 so that figures are to be read for their direction, beside the paper's; each training figure is the mean of eight seeds (ten folds of
 graphs) and its standard error, and differences are paired. `python -m experiments` lists the commands; `--quick` tries one in seconds,
-a call that is cut off resumes, and rows and pictures are in `experiments/results/`.
+a call that is cut off resumes, and rows and pictures are in `experiments/results/`; with other settings (`--seeds`, `--full`, other data) they
+are in `run/experiments/`.
 
 `--data FOLDER` is a folder of real sets: ARFF and CSV files (the class last) for the tabular ones, `cifar-10-batches-py`, `cifar-100-python`,
 `svhn` (its two `.mat` files) and `tiny-imagenet-200` for images, `commands-train.npz` and `commands-test.npz` (spectrograms x, classes y) for speech, and

@@ -23,6 +23,7 @@ def test_a_cell_is_computed_once(tmp_path):
     assert calls == ["a 1", "2"] and [row["cell"] for row in rows] == ["a 1", "a 1", "2", "2"]
     assert rows[0]["value"] == pytest.approx(1.0) and rows[3] == {
         "cell": "2",
+        "settings": "seeds=2",
         "seed": 1,
         "value": pytest.approx(4 / 3, rel=1e-5),
     }
@@ -46,6 +47,36 @@ def test_a_run_that_fails_keeps_what_was_done(tmp_path):
         frame.compute(failing, frame.Options(seeds=2), store, Console(quiet=True))
     frame.compute(module(calls), frame.Options(seeds=2), store, Console(quiet=True))
     assert calls == ["a 1", "2"]
+
+
+def test_rows_of_other_settings_are_not_taken_for_done(tmp_path):
+    calls, store, folder = [], tmp_path / "rows.csv", tmp_path / "data"
+    folder.mkdir()
+    (folder / "set.csv").write_text("1")
+    runs = [frame.Options(seeds=2), frame.Options(seeds=3), frame.Options(seeds=2, full=True)]
+    runs += [frame.Options(seeds=2, quick=True), frame.Options(seeds=2, data=folder)]
+    for options in runs * 2:
+        rows = frame.compute(module(calls), options, store, Console(quiet=True))
+        assert [row["seed"] for row in rows] == 2 * list(range(options.seeds))
+        assert {row["settings"] for row in rows} == {options.settings}
+    assert calls == ["a 1", "2"] * len(runs)
+    # A folder is known by what it holds: it may move, and what is added to it counts.
+    before = runs[-1].settings
+    moved = folder.rename(tmp_path / "moved")
+    assert frame.Options(seeds=2, data=moved).settings == before
+    (moved / "set.csv").write_text("12")
+    assert frame.Options(seeds=2, data=moved).settings != before
+
+
+def test_committed_rows_stay_with_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame, "RESULTS", tmp_path)
+    assert frame.place("some", frame.Options(seeds=2)) == tmp_path
+    frame.append(tmp_path / "some.csv", [{"cell": "1", "settings": "seeds=8", "value": 1}])
+    assert frame.place("some", frame.Options(seeds=8)) == tmp_path
+    for other in (frame.Options(seeds=2), frame.Options(full=True), frame.Options(quick=True)):
+        assert frame.place("some", other).name == "experiments"
+    with pytest.raises(ValueError, match="unknown"):
+        frame.append(tmp_path / "some.csv", [{"cell": "1", "settings": "seeds=8", "unknown": 1}])
 
 
 def test_columns_are_paired_by_seed():

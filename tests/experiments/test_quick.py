@@ -58,6 +58,7 @@ def test_the_list(capsys):
 def test_committed_rows_are_whole_and_have_a_picture(name):
     """The rows of a full run with 8 seeds (10 folds of graphs): no cell is missing that this checkout computes without ``--data``."""
     rows = frame.read(frame.RESULTS / f"{name}.csv")
+    assert len(frame.distinct(rows, "settings")) == 1 and rows[0]["settings"].startswith("seeds=8")
     seeds = {row["seed"] for row in rows if row.get("seed", "") != ""}
     assert len(seeds) == (10 if name == "graphs" else 8)
     assert (frame.RESULTS / f"{name}.png").exists()
