@@ -1,5 +1,7 @@
 """Utterances and graphs: read from a folder of real sets, or from wheels that carry them, which are found and not imported."""
 
+import functools
+import wave
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+RATE, WINDOW, STEP = 16_000, 320, 160  # mixup, §3.3: a second of sound becomes 160 frequencies at 101 times
+BINS, FRAMES = 160, 101
 
 
 def in_wheel(wheel: str, place: str, what: str) -> Path:
@@ -43,17 +48,66 @@ class Utterances(NamedTuple):
 
 def _scaled(name: str, x_train: Tensor, train: Tensor, x_test: Tensor, test: Tensor) -> Utterances:
     mean, deviation = x_train.mean((0, 3), keepdim=True), x_train.std((0, 3), keepdim=True).clamp_min(1e-6)
-    parts = ((x_train - mean) / deviation, train, (x_test - mean) / deviation, test)
-    return Utterances(name, *parts, int(train.max()) + 1)
+    for x in (x_train, x_test):  # in place: the commands are gigabytes, read for this alone
+        x.sub_(mean).div_(deviation)
+    return Utterances(name, x_train, train, x_test, test, int(train.max()) + 1)
+
+
+def read_wav(path: Path) -> Tensor:
+    """The samples of a file, in [−1, 1).
+
+    Raises:
+        ValueError: if it is not one channel of 16 bits at 16 kHz, as all of Google's commands are.
+    """
+    with wave.open(str(path)) as file:
+        found = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate())
+        if found != (1, 16, RATE):
+            raise ValueError(f"{path}: expected 1 channel, 16 bits, {RATE} Hz, got {found}")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    return torch.from_numpy(samples.astype(np.float32)) / 2**15
+
+
+def spectrogram(sound: Tensor) -> Tensor:
+    """(160, 101): logarithms of the magnitudes below 8 kHz, of mean 0 and deviation 1, and zeros after the sound's end."""
+    found = torch.stft(
+        sound[:RATE], WINDOW, STEP, window=torch.hann_window(WINDOW), pad_mode="constant", return_complex=True
+    )
+    found = found[:BINS].abs().log1p()
+    found = (found - found.mean()) / found.std().clamp_min(1e-4)
+    return torch.nn.functional.pad(found, (0, FRAMES - found.shape[1]))
+
+
+@functools.cache
+def read_commands(folder: Path) -> Utterances:
+    """Google's commands as they are unpacked: CLASS/*.wav, of which testing_list.txt names the test's and validation_list.txt
+    those that are left out; folders whose names begin with ``_`` are noise and no class."""
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+    left_out, tested = (set((folder / f"{part}_list.txt").read_text().split()) for part in ("validation", "testing"))
+    parts: dict[str, list[tuple[Path, int]]] = {"train": [], "test": []}
+    for label, name in enumerate(classes):
+        for path in sorted((folder / name).glob("*.wav")):
+            if (said := f"{name}/{path.name}") not in left_out:
+                parts["test" if said in tested else "train"].append((path, label))
+    found = []
+    for part in parts.values():
+        x = torch.empty(len(part), 1, BINS, FRAMES)
+        for place, (path, _) in enumerate(part):
+            x[place, 0] = spectrogram(read_wav(path))
+        found += [x, torch.tensor([label for _, label in part])]
+    return _scaled("Google commands", *found)
 
 
 def utterances(folder: Path | None) -> Utterances:
-    """Spectrograms ``commands-train.npz`` and ``commands-test.npz`` (x: (n, 160, 101), y: (n,)) of the folder, if it has them;
-    else JapaneseVowels: 12 coefficients over time, the folder's or those of the wheel aeon, with zeros after their end."""
+    """Google's commands, if the folder is theirs or holds theirs: spectrograms in ``commands-train.npz`` and ``commands-test.npz``
+    (x: (n, 160, 101), y: (n,)), or else the WAV files beside a testing_list.txt. Without them JapaneseVowels: 12 coefficients
+    over time, the folder's or those of the wheel aeon, with zeros after their end."""
     if folder and (folder / "commands-train.npz").exists():
         read = [np.load(folder / f"commands-{part}.npz") for part in ("train", "test")]
         loaded = [torch.from_numpy(part[name]) for part in read for name in ("x", "y")]
         return _scaled("Google commands", *(v.float().unsqueeze(1) if v.dim() == 3 else v.long() for v in loaded))
+    lists = [*folder.glob("testing_list.txt"), *sorted(folder.glob("*/testing_list.txt"))] if folder else []
+    if lists:
+        return read_commands(lists[-1].parent)
     name = "JapaneseVowels"
     if not folder or not (folder / name).exists():
         folder = in_wheel("aeon", "datasets/data", "JapaneseVowels")
