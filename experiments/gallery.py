@@ -19,7 +19,7 @@ a call that is cut off resumes, and rows and pictures are in `experiments/result
 are in `run/experiments/`.
 
 `--data FOLDER` is a folder of real sets: ARFF and CSV files (the class last) for the tabular ones, `cifar-10-batches-py`, `cifar-100-python`,
-`svhn` (its two `.mat` files) and `tiny-imagenet-200` for images, Google's commands as they are unpacked (or their
+`svhn` (its two `.mat` files), `tiny-imagenet-200` and ImageNet (`train/CLASS`, `val/CLASS`; torchvision reads it) for images, Google's commands as they are unpacked (or their
 spectrograms x and classes y in `commands-train.npz` and `commands-test.npz`) for speech, and folders of TUDatasets for graphs.
 `--full` takes the papers' networks and epochs, on the same code; no GPU has run it yet.
 """

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import image_data
+from . import data, image_data
 
 SMALL = tuple(image_data.SETS)
 
@@ -24,6 +25,22 @@ class Images(NamedTuple):
     test: Tensor
     classes: int
     color: bool = False
+    alpha: float = 1.0
+
+    @property
+    def height(self) -> int:
+        return self.x_test.shape[2]
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch's batches."""
+        for rows in data.batches(len(self.train), size, generator):
+            x = self.x_train[rows]
+            yield augmented(x, generator) if self.color else x, self.train[rows]
+
+    def shown(self, part: str) -> Iterable[tuple[Tensor, Tensor]]:
+        """All images of ``train`` or ``test``, some at a time, as they are."""
+        x, labels = (self.x_train, self.train) if part == "train" else (self.x_test, self.test)
+        return zip(x.split(1000), labels.split(1000), strict=True)
 
 
 def small(name: str, seed: int) -> Images:
@@ -90,7 +107,8 @@ def from_folder(folder: Path, name: str) -> Images:
     mean = x_train.float().mean((0, 2, 3), keepdim=True)
     deviation = x_train.float().flatten(2).std((0, 2))[None, :, None, None]
     x_train, x_test = ((x.float() - mean) / deviation for x in (x_train, x_test))
-    return Images(x_train, train, x_test, test, int(train.max()) + 1, color=True)
+    alpha = 0.2 if name == "tiny-imagenet-200" else 1.0  # MixupE §4.1
+    return Images(x_train, train, x_test, test, int(train.max()) + 1, True, alpha)
 
 
 def in_folder(folder: Path | None) -> list[str]:

@@ -127,3 +127,17 @@ def tiny_imagenet(folder, each=2):
     (place / "val/val_annotations.txt").write_text("\n".join(lines) + "\n")
     (place / "wnids.txt").write_text("\n".join(COLOURS) + "\n")
     return folder
+
+
+def imagenet(folder, each=3):
+    """ImageNet's folders: training and validation images by class, not square."""
+    from PIL import Image
+
+    place = folder / "imagenet"
+    for part in ("train", "val"):
+        for name, colour in COLOURS.items():
+            for index in range(each):
+                path = place / part / name / f"{name}_{index}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (60 + index, 48), colour).save(path, "JPEG")
+    return folder
