@@ -1,5 +1,6 @@
 """The loss and the draws of several ranks, under gloo: two and three processes run all cases of ``tests/ranks``."""
 
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_ranks_that_do_not_answer_are_ended(tmp_path):
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=processes.TIMEOUT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "check": False, "timeout": processes.TIMEOUT}
+    return subprocess.run(command, cwd=ROOT, env=environment, **options)
 
 
 def test_the_example_trains_the_same_weights_on_all_ranks():

@@ -102,7 +102,7 @@ def test_every_argument_stands_in_the_signature(mixer):
     documented = mk.Mixup.__doc__ + mixer.__doc__
     for parameter in parameters:
         assert re.search(rf"\b{parameter.name}\b[^\n]*: ", documented), parameter.name
-    with pytest.raises(TypeError, match=rf"{mixer.__name__}.* unexpected keyword argument 'clean_fracton'"):
+    with pytest.raises(TypeError, match=rf"{mixer.__name__} has no argument 'clean_fracton', write"):
         mixer(clean_fracton=0.5)
     with pytest.raises(TypeError, match=rf"{mixer.__name__}.* positional argument"):
         mixer(1.0, 1.0)
