@@ -62,7 +62,8 @@ class OnCleanRows(Metric):
     Args:
         metric: a ``torchmetrics.Metric``, or a collection of them.
 
-    ``update(logits, target)`` takes a :class:`MixedTarget`, or plain labels, which go to the metric as they are.
+    ``update(logits, target)`` takes a :class:`MixedTarget`, or plain labels, which go to the metric as they are. A call returns
+    the metric of this batch as well, None if it has no clean rows.
     """
 
     full_state_update = True
@@ -76,6 +77,15 @@ class OnCleanRows(Metric):
             logits, target = clean_rows(logits, target)
         if target.shape[0]:
             self.metric.update(logits, target)
+
+    def forward(self, logits: Tensor, target: MixedTarget | Tensor) -> Any:
+        """By the metric's own: torchmetrics' would reset the metric, whose sums it does not know of, for each batch."""
+        if isinstance(target, MixedTarget):
+            logits, target = clean_rows(logits, target)
+        self._computed = None
+        self._update_count += 1
+        self._forward_cache = self.metric(logits, target) if target.shape[0] else None
+        return self._forward_cache
 
     def compute(self) -> Any:
         return self.metric.compute()

@@ -119,6 +119,16 @@ def test_any_metric_on_the_clean_rows(metrics):
     torch.testing.assert_close(metric.compute(), expected.compute())
 
 
+def test_a_call_returns_the_batch_and_keeps_those_before(metrics):
+    expected = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
+    metric = metrics.OnCleanRows(torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro"))
+    for logits, target in batches():
+        assert metric(logits, target) == expected(logits[16:], target.labels[16:])
+        assert metric.compute() == expected.compute()
+    assert metric(*next(batches(interval=2))) is None  # no clean rows
+    assert metric.compute() == expected.compute()
+
+
 def test_clean_rows_are_views():
     logits, target = next(batches(1))
     clean, labels = mk.clean_rows(logits, target)
