@@ -111,7 +111,7 @@ def mixupe_loss(
     η̂ = \|L₀\| / \|L₀ + η R\| is a constant to autograd (eq. 9), and 1 where its denominator is 0. Rows whose label is
     -100 leave all three means; a mean over no rows is 0. For the backward, two floats a row are kept beside the arguments
     (on the CPU, for logits of up to 16 MiB, the gradient itself, made in the forward; each thread that calls this with
-    bfloat16 logits keeps up to 4 MiB to make it in).
+    bfloat16 logits, or with up to 16 classes, keeps up to 4 MiB to make it in).
 
     Args:
         logits: (N, ..., C) of dtype float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
@@ -142,7 +142,8 @@ def mixupe_loss(
             the group must call it, one without rows, too.
         class_shards: :class:`ClassShards`, where each rank has the logits (N, own) of its classes alone. Class indices are of
             all classes; soft labels are (N, own), or (N, C), which are cut. One all-gather of four floats a row; the backward
-            asks no other rank. A DTensor of placement ``Shard(-1)`` says it itself. Targets are constants then.
+            asks no other rank. A DTensor of placement ``Shard(-1)`` says it itself. Targets are constants then, and
+            there is no second derivative.
         step: :class:`StepRows`, where a step has several micro-batches.
 
     Returns:

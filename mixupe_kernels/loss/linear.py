@@ -237,7 +237,8 @@ def linear_mixupe_loss(
             is the whole one: the ranks' shares are summed by one all-reduce in the backward.
 
     Returns:
-        0-d loss, differentiable any number of times in ``hidden``, ``weight``, ``bias``, soft targets and λ.
+        0-d loss, differentiable any number of times in ``hidden``, ``weight``, ``bias``, soft targets and λ. Over ranks it
+        has no second derivative.
 
     Raises:
         TypeError, ValueError: as :func:`mixupe_loss`, and for shapes that do not match.

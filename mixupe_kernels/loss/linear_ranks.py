@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import debug, ops
 from ..conventions import accumulate_dtype
 from ..ops import LossArguments, RowOptions, RowOutputs, RowTarget
-from ..ops.ranks import ClassShard, OfClasses, Ranks, merged
+from ..ops.ranks import ClassShard, OfClasses, Ranks, merged, once
 from ..target import Parsed, is_composed, renamed
 from .composed import composed_loss, loss_of_outputs
 from .ranks import Over, StepRows, is_dtensor, localized
@@ -52,8 +52,13 @@ class _Statistics(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        with torch.no_grad():
+            found = _Statistics._gradients(ctx, *grads)
+        return *once(found, (*grads, *ctx.saved_tensors[:3])), *[None] * 5
+
+    @staticmethod
+    def _gradients(ctx, *grads):
         hidden, weight, bias, labels, partner_labels, lam = ctx.saved_tensors
         target, dtype = RowTarget(labels, partner_labels, lam), ctx.dtype
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -74,7 +79,7 @@ class _Statistics(torch.autograd.Function):
         if ctx.shard is not None:  # each rank has the share of its own classes
             dist.all_reduce(d_hidden, group=ctx.shard.group)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias, *[None] * 5
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias
 
 
 def _chunks(hidden: Tensor, size: int) -> list[slice]:

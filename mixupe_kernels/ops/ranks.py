@@ -4,7 +4,7 @@ Rows over ranks: the loss is made of six sums, so that the loss of all ranks' ro
 ranks: each rank has the CE, H and lse of its own classes, and a row's are merged from those as a thread's are in row.h.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,26 @@ def all_gather(mine: Tensor, group: Any) -> Tensor:
     everyones = mine.new_empty((dist.get_world_size(group), *mine.shape))
     gather(everyones.view(-1), mine.view(-1), group=group)
     return everyones
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, *of):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("a loss over ranks that have classes, or rows of the linear loss, has no second derivative")
+
+
+def once(gradients: tuple[Tensor | None, ...], of: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients in a graph whose second derivative in any of ``of`` raises.
+
+    What ``once_differentiable`` returns is a function of nothing: ``torch.autograd.grad`` would leave its part out and not say so.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return tuple(None if gradient is None else _Once.apply(gradient.detach(), *of) for gradient in gradients)
 
 
 # Rows over ranks ---------------------------------------------------------------------------------------------------------
@@ -231,11 +251,12 @@ class _MergeClasses(torch.autograd.Function):
         return tuple(merged)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ce, grad_entropy, grad_lse, _):
         saved = ctx.saved_tensors
         grads = RowGradients(grad_ce, grad_entropy, grad_lse)
-        return None, None, *own_gradients(grads, OfClasses(*saved[:4]), OfClasses(*saved[4:]), ctx.sigmoid), None
+        with torch.no_grad():
+            found = own_gradients(grads, OfClasses(*saved[:4]), OfClasses(*saved[4:]), ctx.sigmoid)
+        return None, None, *once(found, (grad_ce, grad_entropy, grad_lse, *saved[:4])), None
 
 
 def merged(own: OfClasses, target: RowTarget, sigmoid: bool, shard: ClassShard) -> tuple[RowOutputs, RowTarget]:

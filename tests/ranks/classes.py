@@ -151,6 +151,24 @@ def case_linear_loss_of_divided_classes():
             close(part, sharded(classes, whole, 0), "weight")
 
 
+def case_no_second_derivative():
+    """Asked for, it raises, also by torch.autograd.grad of inputs that the loss depends on in another way."""
+    logits, target = logits_and_target(12)
+    shards = mk.ClassShards(12, group())
+    mine = sharded(12, logits).requires_grad_()
+    weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for inputs, loss in (
+        (mine, mk.mixupe_loss(mine, target, **OPTIONS, class_shards=shards)),
+        (mine, mk.ce_entropy(mine, target, class_shards=shards).lse.sum()),
+        (whole := logits.clone().requires_grad_(), mk.linear_mixupe_loss(
+            whole, sharded(12, weight, 0), target, **OPTIONS, class_shards=shards)),
+        (whole, mk.linear_mixupe_loss(whole, weight, target, **OPTIONS, process_group=group())),
+    ):  # fmt: skip
+        (first,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        once_more = (first * inputs).sum()
+        refused(RuntimeError, "has no second derivative", torch.autograd.grad, once_more, inputs)
+
+
 def case_dtensors():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
