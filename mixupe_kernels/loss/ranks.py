@@ -51,7 +51,12 @@ class ClassShards:
         each = -(-self.num_classes // dist.get_world_size(group))
         first = min(each * dist.get_rank(group), self.num_classes) if self.first is None else self.first
         expected = min(each, self.num_classes - first) if self.first is None else own
-        if own != expected or first + own > self.num_classes:
+        if first + own > self.num_classes and self.first is not None:
+            raise ValueError(
+                f"{name} must have at most {max(self.num_classes - first, 0)} of the {self.num_classes} classes with "
+                f"first={first}, got {own}"
+            )
+        if own != expected:
             raise ValueError(
                 f"{name} must have {expected} of the {self.num_classes} classes on rank {dist.get_rank(group)}, as "
                 f"torch.chunk divides them, or class_shards must say first; got {own} from {first} on"
