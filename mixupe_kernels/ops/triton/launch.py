@@ -76,7 +76,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             4096: Tile(1, 4096, 4, 1),
             ANY: Tile(1, 8192, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 8, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     # The same where a program first sums its rows' targets: two streams and an edge to keep at hand.
     "row_gradient_summed": {
