@@ -29,10 +29,12 @@ def exchanged(
     seeds = plan.seeds
     if draw is plain_draw or not plan.active or labels.shape[0] == 0 or seeds is None:
         return tensors, draw
-    if get_worker_info() is not None or not dist.is_initialized():
+    if get_worker_info() is not None:
         raise RuntimeError(
             "pairing='across_ranks' must be used where the process group is, not in a data loader's worker"
         )
+    if not dist.is_initialized():
+        raise RuntimeError("pairing='across_ranks' must be used after torch.distributed.init_process_group")
     for value in tensors:
         checks.no_gradient("pairing='across_ranks'", x=value)
     own, ranks = labels.shape[0], dist.get_world_size()

@@ -57,7 +57,10 @@ def like_timm(
     a pixel's share.
     """
     mixup_alpha = checks.non_negative("mixup_alpha", mixup_alpha)
-    cutmix_alpha = 1.0 if cutmix_minmax is not None else checks.non_negative("cutmix_alpha", cutmix_alpha)
+    cutmix_alpha = checks.non_negative("cutmix_alpha", cutmix_alpha)
+    if cutmix_minmax is not None:
+        cutmix_alpha = 1.0  # as in timm, whose boxes then have sides of these shares
+    switch_prob = checks.fraction("switch_prob", switch_prob)
     checks.positive_int("num_classes", num_classes)
     if not mixup_alpha and not cutmix_alpha:
         raise ValueError("mixup_alpha must be > 0 where cutmix_alpha is 0 and cutmix_minmax None, got 0")

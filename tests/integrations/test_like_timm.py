@@ -68,6 +68,8 @@ def test_the_switch_of_the_script():
         ({"cutmix_minmax": 0.5}, TypeError, "cutmix_minmax must be two numbers"),
         ({"cutmix_minmax": (0.9, 0.2)}, ValueError, r"cutmix_minmax must be \(smallest, largest\)"),
         ({"num_classes": 0}, ValueError, "num_classes must be an int >= 1"),
+        ({"switch_prob": 2.0}, ValueError, r"switch_prob must be a number in \[0, 1\], got 2.0"),
+        ({"cutmix_alpha": -1.0, "cutmix_minmax": (0.2, 0.8)}, ValueError, "cutmix_alpha must be a number >= 0, got -1"),
         ({"correct_lam": 1, "cutmix_alpha": 1.0}, TypeError, "correct_lam must be True or False"),
     ],
 )
