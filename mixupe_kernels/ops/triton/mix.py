@@ -55,8 +55,9 @@ def blend(own, other, weight, cut, BOTH_READ: tl.constexpr):
     Where a sample of weight 0 may be read for the sake of others (``BOTH_READ``), its product may be a NaN, and is left out.
     """
     if BOTH_READ:
-        own, other = tl.where(weight == 0, -0.0, own), tl.where(weight == 1, -0.0, other)
-    mixed = weight * own + (1 - weight) * other
+        mixed = weight * tl.where(weight == 0, -0.0, own) + (1 - weight) * tl.where(weight == 1, -0.0, other)
+    else:
+        mixed = weight * own + (1 - weight) * other
     if cut is None:
         return mixed
     else:
