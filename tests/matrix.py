@@ -146,10 +146,17 @@ def build_sanitized(python: Path, folder: Path) -> None:
 
 
 def of_sanitizers() -> dict[str, str]:
-    """The variables of a process that loads such a library. Python itself leaks what it keeps to its end."""
-    command = [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"]
-    library = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    """The variables of a process that loads such a library. Python itself leaks what it keeps to its end.
+
+    libstdc++ has to be there from the start, too, or AddressSanitizer finds no way to throw, and the first refusal ends the process.
+    """
+
+    def path_of(library: str) -> str:
+        command = [os.environ.get("CXX", "c++"), f"-print-file-name={library}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    libraries = " ".join(map(path_of, ("libasan.so", "libstdc++.so.6")))
+    return {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def files_of(run: Run, root: Path) -> list[Path]:

@@ -220,7 +220,7 @@ def test_neighbours_try_other_stages_of_a_loop_only():
     assert all(other == tile._replace(stages=other.stages) for other in looped[len(plain) :])
 
 
-@pytest.mark.parametrize("length, tiles", [(5000, 7), (3000, 5)])
+@pytest.mark.parametrize("length, tiles", [(20000, 7), (3000, 5)])
 def test_autotuning_of_rows_tries_stages_where_they_loop(monkeypatch, length, tiles):
     monkeypatch.setenv("MIXUPE_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "_tuned", {})
