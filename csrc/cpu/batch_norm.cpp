@@ -59,34 +59,32 @@ struct Lanes {
   const T& operator[](int64_t lane) const { return of[lane]; }
 };
 
-// Calls f(element, lane, sums) along the block. Whole packs have sums of their own, which stay in registers.
-template <int count, typename F>
-MIXUPE_FN void sum_along(const Block& block, const F& f, Lanes<double> (&sums)[count]) {
-  Lanes<double> packed[count], rest[count];
+// Calls `whole` or `rest` with (element, lane) along the block: whole packs, and what is left of a run.
+template <typename Whole, typename Rest>
+MIXUPE_FN void along(const Block& block, const Whole& whole, const Rest& rest) {
   const int64_t in_packs = block.length / lanes * lanes;
   for (int64_t run = 0; run < block.count; ++run) {
     const int64_t start = block.offset + run * block.stride;
     for (int64_t i = 0; i < in_packs; i += lanes) {
 #pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane) f(start + i + lane, lane, packed);
+      for (int lane = 0; lane < lanes; ++lane) whole(start + i + lane, lane);
     }
-    for (int64_t i = in_packs; i < block.length; ++i) f(start + i, i - in_packs, rest);
+    for (int64_t i = in_packs; i < block.length; ++i) rest(start + i, i - in_packs);
   }
-  for (int sum = 0; sum < count; ++sum)
-    for (int lane = 0; lane < lanes; ++lane) sums[sum][lane] = packed[sum][lane] + rest[sum][lane];
 }
 
 template <typename F>
 MIXUPE_FN void along(const Block& block, const F& f) {
-  const int64_t in_packs = block.length / lanes * lanes;
-  for (int64_t run = 0; run < block.count; ++run) {
-    const int64_t start = block.offset + run * block.stride;
-    for (int64_t i = 0; i < in_packs; i += lanes) {
-#pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane) f(start + i + lane, lane);
-    }
-    for (int64_t i = in_packs; i < block.length; ++i) f(start + i, i - in_packs);
-  }
+  along(block, f, f);
+}
+
+// Calls f(element, lane, sums) along the block. Whole packs have sums of their own, which stay in registers.
+template <int count, typename F>
+MIXUPE_FN void sum_along(const Block& block, const F& f, Lanes<double> (&sums)[count]) {
+  Lanes<double> packed[count], rest[count];
+  along(block, [&](int64_t i, int lane) { f(i, lane, packed); }, [&](int64_t i, int lane) { f(i, lane, rest); });
+  for (int sum = 0; sum < count; ++sum)
+    for (int lane = 0; lane < lanes; ++lane) sums[sum][lane] = packed[sum][lane] + rest[sum][lane];
 }
 
 // Sums of squares lose what is far from the mean, so the mean comes first. In float64: a sum of 2^20 floats of one sign

@@ -26,7 +26,7 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have shape (N, C) with C >= 1, got {tuple(logits.shape)}")
 
 
-def _check(
+def check_tensor(
     name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor, like_name: str = "logits"
 ) -> None:
     if value is not None:
@@ -37,12 +37,12 @@ def _check(
 
 
 def check_upstream(grad: Tensor, logits: Tensor) -> None:
-    _check("grad", grad, accumulate_dtype(logits.dtype), (), logits)
+    check_tensor("grad", grad, accumulate_dtype(logits.dtype), (), logits)
 
 
 def _check_of_rows(values: NamedTuple, logits: Tensor) -> None:
     for name, value in values._asdict().items():
-        _check(name, value, accumulate_dtype(logits.dtype), logits.shape[:1], logits)
+        check_tensor(name, value, accumulate_dtype(logits.dtype), logits.shape[:1], logits)
 
 
 def _check_smoothing(label_smoothing: float) -> None:
@@ -90,12 +90,12 @@ class RowTarget(NamedTuple):
         if self.is_dense():
             if self.partner_labels is not None or self.lam is not None:
                 raise ValueError("lam must be None where labels are soft")
-            return _check("labels", self.labels, compute, logits.shape, logits)
+            return check_tensor("labels", self.labels, compute, logits.shape, logits)
         if (self.partner_labels is None) != (self.lam is None):
             raise ValueError("partner_labels and lam must be given together")
-        _check("labels", self.labels, torch.int64, rows, logits)
-        _check("partner_labels", self.partner_labels, torch.int64, rows, logits)
-        _check("lam", self.lam, compute, rows, logits)
+        check_tensor("labels", self.labels, torch.int64, rows, logits)
+        check_tensor("partner_labels", self.partner_labels, torch.int64, rows, logits)
+        check_tensor("lam", self.lam, compute, rows, logits)
 
     def check_device(self, logits: Tensor) -> None:
         """Raise for a part on another device than the logits: for kernels of ``meta`` tensors, which look at no more."""
@@ -124,7 +124,7 @@ class RowOptions(NamedTuple):
     sigmoid: bool = False
 
     def check(self, logits: Tensor) -> None:
-        _check("class_weight", self.class_weight, accumulate_dtype(logits.dtype), logits.shape[1:], logits)
+        check_tensor("class_weight", self.class_weight, accumulate_dtype(logits.dtype), logits.shape[1:], logits)
         _check_smoothing(self.label_smoothing)
 
 
@@ -183,7 +183,7 @@ class LossArguments(NamedTuple):
 
     def check(self, logits: Tensor) -> None:
         for name, value in (("eta", self.eta), ("reg_weight", self.reg_weight)):
-            _check(name, value, accumulate_dtype(logits.dtype), (), logits)
+            check_tensor(name, value, accumulate_dtype(logits.dtype), (), logits)
         _check_count("num_mixed", self.num_mixed, logits.shape[0])
         _check_count("num_reg", self.num_reg, logits.shape[0])
         _check_penalty(self.penalty)
@@ -221,9 +221,9 @@ class LossStats(NamedTuple):
 
     def check(self, logits: Tensor) -> None:
         compute, rows = accumulate_dtype(logits.dtype), logits.shape[:1]
-        _check("parts", self.parts, compute, (len(Parts._fields),), logits)
-        _check("signed_entropy", self.signed_entropy, compute, rows, logits)
-        _check("lse", self.lse, compute, rows, logits)
+        check_tensor("parts", self.parts, compute, (len(Parts._fields),), logits)
+        check_tensor("signed_entropy", self.signed_entropy, compute, rows, logits)
+        check_tensor("lse", self.lse, compute, rows, logits)
 
 
 class LossBackwardOptions(NamedTuple):
@@ -275,7 +275,7 @@ class Mixing(NamedTuple):
             raise ValueError("x must have a batch dimension, got a 0-d tensor")
         count = x.shape[:1] if self.rows is None else (self.rows.numel(),)
         for name, index in (("rows", self.rows), ("partner", self.partner)):
-            _check(name, index, torch.int64, count, x, "x")
+            check_tensor(name, index, torch.int64, count, x, "x")
         compute = accumulate_dtype(x.dtype)
         _check_weights(self.lam, compute, count, x, "x")
         if (self.scale is None) != (self.shift is None):
@@ -284,7 +284,7 @@ class Mixing(NamedTuple):
             if x.dim() < 2:
                 raise ValueError("scale and shift must be None where x has no channels (dimension 1)")
             for name, factors in (("scale", self.scale), ("shift", self.shift)):
-                _check(name, factors, compute, x.shape[1:2], x, "x")
+                check_tensor(name, factors, compute, x.shape[1:2], x, "x")
 
 
 _MIXABLE = (*checks.LOGITS_DTYPES, torch.uint8)
@@ -293,14 +293,14 @@ _MIXABLE = (*checks.LOGITS_DTYPES, torch.uint8)
 def _check_weights(lam: Tensor, dtype: torch.dtype, count: tuple[int, ...], like: Tensor, like_name: str) -> None:
     """λ of all rows, or one for each."""
     one = lam.dim() == 0 or lam.shape == (1,)
-    _check("lam", lam, dtype, lam.shape if one else count, like, like_name)
+    check_tensor("lam", lam, dtype, lam.shape if one else count, like, like_name)
 
 
 def check_target(labels: Tensor, partner: Tensor | None, lam: Tensor, rows: Tensor, num_mixed: int) -> None:
     """Raise for arguments of ``mixed_target`` that do not go together."""
     for name, value in (("labels", labels), ("rows", rows)):
-        _check(name, value, torch.int64, (value.numel(),), labels, "labels")
-    _check("partner", partner, torch.int64, labels.shape, labels, "labels")
+        check_tensor(name, value, torch.int64, (value.numel(),), labels, "labels")
+    check_tensor("partner", partner, torch.int64, labels.shape, labels, "labels")
     compute = torch.float64 if lam.dtype is torch.float64 else torch.float32
     _check_weights(lam, compute, labels.shape, labels, "labels")
     _check_count("num_mixed", num_mixed, rows.shape[0])
@@ -310,8 +310,8 @@ def check_sum(src: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> No
     """Raise for arguments of ``gather_sum`` that do not go together."""
     checks.dtype("src", src, checks.LOGITS_DTYPES)
     for name, value in (("index", index), ("offsets", offsets)):
-        _check(name, value, torch.int64, (value.numel(),), src, "src")
-    _check("weight", weight, accumulate_dtype(src.dtype), index.shape, src, "src")
+        check_tensor(name, value, torch.int64, (value.numel(),), src, "src")
+    check_tensor("weight", weight, accumulate_dtype(src.dtype), index.shape, src, "src")
 
 
 def check_products(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> None:
@@ -320,8 +320,8 @@ def check_products(a: Tensor, b: Tensor, a_index: Tensor, b_index: Tensor) -> No
         checks.dtype(name, value, _MIXABLE)
     checks.shape("b", b, (*b.shape[:1], *a.shape[1:]))
     checks.same_device("b", b, "a", a)
-    _check("a_index", a_index, torch.int64, a_index.shape[:1], a, "a")
-    _check("b_index", b_index, torch.int64, a_index.shape, b, "b")
+    check_tensor("a_index", a_index, torch.int64, a_index.shape[:1], a, "a")
+    check_tensor("b_index", b_index, torch.int64, a_index.shape, b, "b")
 
 
 _SCHEMA_TYPES = {

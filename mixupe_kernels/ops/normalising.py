@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import accumulate_dtype, row_format
+from .arguments import check_tensor
 from .registration import define, is_transformed, without_gradient
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -21,12 +22,9 @@ def _check(x: Tensor, num_mixed: int) -> None:
         raise ValueError(f"x must have at least one value, got shape {tuple(x.shape)}")
 
 
-def _check_beside(x: Tensor, dtype: torch.dtype, size: tuple[int, ...], **named: Tensor | None) -> None:
-    for name, value in named.items():
-        if value is not None:
-            checks.dtype(name, value, (dtype,))
-            checks.shape(name, value, size)
-            checks.same_device(name, value, "x", x)
+def kinds(num_mixed: int) -> tuple[slice, slice]:
+    """The mixed rows, and the clean ones after them."""
+    return slice(num_mixed), slice(num_mixed, None)
 
 
 def _writes_parts(x: Tensor) -> bool:
@@ -55,8 +53,10 @@ def normalise_apart(
     """
     _check(x, num_mixed)
     compute, channels = accumulate_dtype(x.dtype), x.shape[1:2]
-    _check_beside(x, compute, channels, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    mixed, clean = x[:num_mixed], x[num_mixed:]
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, value in named.items():
+        check_tensor(name, value, compute, channels, x, "x")
+    mixed, clean = (x[rows] for rows in kinds(num_mixed))
     of_mixed = (weight, bias, None, None, True, 0.0, eps)
     of_clean = (weight, bias, running_mean, running_var, True, momentum, eps)
     if not _writes_parts(x):
@@ -75,11 +75,12 @@ def normalise_apart_backward(
     """The gradients of x, weight and bias: those of the two kinds' weights are added. Differentiable."""
     _check(x, num_mixed)
     compute, channels = accumulate_dtype(x.dtype), x.shape[1:2]
-    _check_beside(x, x.dtype, x.shape, grad=grad)
-    _check_beside(x, compute, channels, weight=weight)
-    _check_beside(x, compute, (2, *channels), mean=mean, inverse_std=inverse_std)
+    check_tensor("grad", grad, x.dtype, x.shape, x, "x")
+    check_tensor("weight", weight, compute, channels, x, "x")
+    for name, value in (("mean", mean), ("inverse_std", inverse_std)):
+        check_tensor(name, value, compute, (2, *channels), x, "x")
     found = []
-    for kind, rows in enumerate((slice(num_mixed), slice(num_mixed, None))):
+    for kind, rows in enumerate(kinds(num_mixed)):
         saved = None, None, mean[kind], inverse_std[kind]
         given = True, 0.0, (True, True, True)  # ε is in 1/std already
         found.append(torch.ops.aten.native_batch_norm_backward(grad[rows], x[rows], weight, *saved, *given))

@@ -7,12 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..conventions import accumulate_dtype
-from .ranks import all_gather
+from .normalising import kinds
+from .ranks import all_gather, once
 from .reference import per_channel
-
-
-def _kinds(num_mixed: int) -> tuple[slice, slice]:
-    return slice(num_mixed), slice(num_mixed, None)
 
 
 def _over(x: Tensor) -> list[int]:
@@ -23,7 +20,7 @@ def _statistics(x: Tensor, num_mixed: int, group: Any) -> tuple[Tensor, Tensor, 
     """(mean, variance, number of values) of each kind, (2, C), (2, C) and (2, 1), over all ranks, by one all-gather."""
     compute, channels = accumulate_dtype(x.dtype), x.shape[1]
     mine = torch.zeros(2, 2 * channels + 1, dtype=compute, device=x.device)
-    for kind, rows in enumerate(_kinds(num_mixed)):
+    for kind, rows in enumerate(kinds(num_mixed)):
         part = x[rows].to(compute)
         values = part.shape[0] * part.shape[2:].numel()
         if values:
@@ -44,7 +41,7 @@ class _OverRanks(torch.autograd.Function):
     def forward(ctx, x, weight, bias, num_mixed, eps, group):
         mean, variance, total = _statistics(x, num_mixed, group)
         inverse, out = (variance + eps).rsqrt(), torch.empty_like(x)
-        for kind, rows in enumerate(_kinds(num_mixed)):
+        for kind, rows in enumerate(kinds(num_mixed)):
             value = (x[rows].to(mean.dtype) - per_channel(mean[kind], x)) * per_channel(inverse[kind], x)
             if weight is not None:
                 value = value * per_channel(weight.to(mean.dtype), x)
@@ -55,12 +52,17 @@ class _OverRanks(torch.autograd.Function):
         return out, mean, variance, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
+        with torch.no_grad():
+            found = _OverRanks._gradients(ctx, grad)
+        return *once(found, (grad, *ctx.saved_tensors[:3])), *[None] * 3
+
+    @staticmethod
+    def _gradients(ctx, grad):
         x, weight, bias, mean, inverse, total = ctx.saved_tensors
-        kinds, compute = _kinds(ctx.num_mixed), mean.dtype
+        parts, compute = kinds(ctx.num_mixed), mean.dtype
         sums = torch.zeros(2, 2, x.shape[1], dtype=compute, device=x.device)
-        for kind, rows in enumerate(kinds):
+        for kind, rows in enumerate(parts):
             g, centred = grad[rows].to(compute), x[rows].to(compute) - per_channel(mean[kind], x)
             sums[kind, 0] = g.sum(_over(x))
             sums[kind, 1] = (g * centred).sum(_over(x)) * inverse[kind]
@@ -69,7 +71,7 @@ class _OverRanks(torch.autograd.Function):
         dist.all_reduce(sums, group=ctx.group)
         sums /= total.clamp(min=1).unsqueeze(1)
         d_x = torch.empty_like(x)
-        for kind, rows in enumerate(kinds):
+        for kind, rows in enumerate(parts):
             scale = inverse[kind] if weight is None else inverse[kind] * weight.to(compute)
             normal = (x[rows].to(compute) - per_channel(mean[kind], x)) * per_channel(inverse[kind], x)
             less = per_channel(sums[kind, 0], x) + normal * per_channel(sums[kind, 1], x)
@@ -78,7 +80,6 @@ class _OverRanks(torch.autograd.Function):
             d_x,
             None if weight is None else d_weight.to(weight.dtype),
             None if bias is None else d_bias.to(bias.dtype),
-            *[None] * 3,
         )
 
 

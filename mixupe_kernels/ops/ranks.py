@@ -32,7 +32,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError("a loss over ranks that have classes, or rows of the linear loss, has no second derivative")
+        raise RuntimeError(
+            "a loss over ranks that have classes, or rows of the linear loss, has no second derivative, nor has "
+            "a SyncBatchNorm that normalises mixed and clean rows apart"
+        )
 
 
 def once(gradients: tuple[Tensor | None, ...], of: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:

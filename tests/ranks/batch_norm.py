@@ -6,7 +6,19 @@ from torch import nn
 
 import mixupe_kernels as mk
 
-from .common import CLASSES, OPTIONS, WIDTH, batch, close, collectives, group, joined, rank_and_ranks, same_everywhere
+from .common import (
+    CLASSES,
+    OPTIONS,
+    WIDTH,
+    batch,
+    close,
+    collectives,
+    group,
+    joined,
+    rank_and_ranks,
+    refused,
+    same_everywhere,
+)
 
 CHANNELS = 3
 
@@ -107,3 +119,13 @@ def case_statistics_of_plain_samples():
         expected(torch.cat(ofs))
     close(layer.running_mean, expected.running_mean)
     close(layer.running_var, expected.running_var)
+
+
+def case_no_second_derivative():
+    layer = mk.split_batch_norm(nn.SyncBatchNorm(CHANNELS)).double()
+    x, target = batch(3, 6, 2)
+    start = torch.randn(len(x), CHANNELS, dtype=torch.float64, requires_grad=True)
+    rows = start * 1
+    out = mk.forward_mixupe(layer, rows, target)
+    (first,) = torch.autograd.grad(out.pow(3).sum(), rows, create_graph=True)
+    refused(RuntimeError, "has no second derivative", torch.autograd.grad, (first * first.detach()).sum(), start)
