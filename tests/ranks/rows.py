@@ -47,6 +47,17 @@ def _batches(sizes, seed=10, **options):
     return [batch(seed + i, *size, **options) for i, size in enumerate(sizes[: dist.get_world_size()])]
 
 
+def _same(found, expected):
+    """(loss, parts, model) on every rank are (loss, parts, gradients) of one process."""
+    (loss, parts, model), (expected_loss, expected_parts, gradients) = found, expected
+    same_everywhere(loss, *parts)
+    close(loss, expected_loss, "loss")
+    for one, other in zip(parts, expected_parts, strict=True):
+        close(one, other, "part")
+    for one, other in zip(full(model.parameters()), gradients, strict=True):
+        close(one, other, "gradient")
+
+
 def _check_loss(wrap, sizes, **options):
     rank, _ = rank_and_ranks()
     ignored = options.pop("ignored", 0)
@@ -59,12 +70,7 @@ def _check_loss(wrap, sizes, **options):
     with collectives("allreduce"):
         got = criterion(logits, target)
     got.backward()
-    same_everywhere(got, *criterion.last)
-    close(got, loss, "loss")
-    for found, expected in zip(criterion.last, parts, strict=True):
-        close(found, expected, "part")
-    for found, expected in zip(full(model.parameters()), gradients, strict=True):
-        close(found, expected, "gradient")
+    _same((got, criterion.last, model), (loss, parts, gradients))
 
 
 def case_ddp_even():
@@ -112,12 +118,7 @@ def _check_accumulation(wrap, without_sync, micro_batches=3):
                 share = criterion(logits, target, step=step)
             share.backward()
     got = step.finish(model.parameters())
-    same_everywhere(got, *step.last)
-    close(got, loss, "loss")
-    for found, expected in zip(step.last, parts, strict=True):
-        close(found, expected, "part")
-    for found, expected in zip(full(model.parameters()), gradients, strict=True):
-        close(found, expected, "gradient")
+    _same((got, step.last, model), (loss, parts, gradients))
 
 
 def case_accumulation_of_three():
