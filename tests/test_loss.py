@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import mixupe_kernels as mk
+from mixupe_kernels.loss.options import LossOptions
+from mixupe_kernels.ops import LossArguments
 
 from .followed import followed
 
@@ -262,3 +264,7 @@ def test_a_loss_is_few_calls_in_few_files(kind):
     # An earlier test's use_backend has left its switches in the dispatcher.
     calls = [(file, name) for file, name in calls if file != "ops/backends.py"]
     assert len(calls) <= 15 and len({file for file, _ in calls}) <= 5, calls
+
+
+def test_options_end_the_arguments_of_the_operator_in_their_order():
+    assert LossArguments._fields[-len(LossOptions._fields) :] == LossOptions._fields

@@ -47,7 +47,7 @@ def _loss(
     Parts are None under a transform of torch.func, whose tensors are not to be looked at after it, and for an exported
     program, which keeps nothing on a module.
     """
-    if options.sigmoid:
+    if options.of_loss.sigmoid:
         check_multilabel(parsed.target)
     if options.inplace_backward:
         _check_inplace(logits, parsed.transformed)
@@ -247,12 +247,12 @@ class MixupELoss(nn.Module):
     @property
     def clean_weight(self) -> float:
         """γ. It may be set between steps; a CUDA graph keeps the one it was captured with."""
-        return self.options.clean_weight
+        return self.options.of_loss.clean_weight
 
     @clean_weight.setter
     def clean_weight(self, value: float) -> None:
         value = checks.non_negative("clean_weight", value)
-        self.options = self.options._replace(of_loss=(*self.options.of_loss[:-1], value), clean_weight=value)
+        self.options = self.options._replace(of_loss=self.options.of_loss._replace(clean_weight=value))
 
     @property
     def last(self) -> LossParts | None:
@@ -282,4 +282,4 @@ class MixupELoss(nn.Module):
 
     def extra_repr(self) -> str:
         weights = f"eta={self.eta:g}, clean_weight={self.clean_weight:g}"
-        return f"{weights}, penalty={self.penalty!r}, rescale={self.options.rescale}"
+        return f"{weights}, penalty={self.penalty!r}, rescale={self.options.of_loss.rescale}"

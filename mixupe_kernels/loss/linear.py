@@ -271,7 +271,7 @@ def linear_mixupe_loss(
     probe = F.linear(hidden[:0], weight, bias)
     like = probe.new_empty(()).expand(hidden.shape[0], classes)
     parsed = parse(like, target)
-    if options.sigmoid:
+    if options.of_loss.sigmoid:
         check_multilabel(parsed.target)
     arguments = parsed.arguments(as_scalar("eta", eta, like), options)
     if ranks is not None:

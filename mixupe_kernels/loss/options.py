@@ -20,17 +20,22 @@ class LossParts(NamedTuple):
     eta_hat: Tensor
 
 
-class Options(NamedTuple):
-    """Checked options of the loss.
+class LossOptions(NamedTuple):
+    """The last fields of ``LossArguments``, in their order."""
 
-    ``of_loss`` are the last of ``LossArguments``. A ``function`` of the caller's takes the place of their penalty.
-    """
-
-    of_loss: tuple
-    function: Callable[[Tensor], Tensor] | None
+    penalty: int
+    threshold: float
     rescale: bool
+    label_smoothing: float
     sigmoid: bool
     clean_weight: float
+
+
+class Options(NamedTuple):
+    """Checked options of the loss. A ``function`` of the caller's takes the place of the penalty in ``of_loss``."""
+
+    of_loss: LossOptions
+    function: Callable[[Tensor], Tensor] | None
     inplace_backward: bool
     class_dim: int
 
@@ -49,11 +54,8 @@ class Options(NamedTuple):
         sigmoid = checks.choice("activation", activation, ACTIVATIONS) == "sigmoid"
         clean_weight = checks.non_negative("clean_weight", clean_weight)
         return Options(
-            (number, threshold, rescale, smoothing, sigmoid, clean_weight),
+            LossOptions(number, threshold, rescale, smoothing, sigmoid, clean_weight),
             function,
-            rescale,
-            sigmoid,
-            clean_weight,
             checks.boolean("inplace_backward", inplace_backward),
             checks.integer("class_dim", class_dim),
         )

@@ -10,7 +10,7 @@ from mixupe_kernels.batch.plan import Plan
 def loss(logits, target, criterion):
     """L = η̂ (L_mix + γ L_clean + η w mean |H - CE|), as the papers say it, by autograd."""
     options = criterion.options
-    smoothing, sigmoid = options.of_loss[3], options.sigmoid
+    smoothing, sigmoid = options.of_loss.label_smoothing, options.of_loss.sigmoid
     logits = logits.movedim(options.class_dim, -1)
     classes = logits.shape[-1]
     logits = logits.reshape(-1, classes)

@@ -40,7 +40,9 @@ def test_only_boxes():
 
 def test_clean_rows():
     mixup_fn, criterion = mk.like_timm(0.8, num_classes=10, clean_fraction=1 / 2, off_epoch=3)
-    assert criterion.eta == 1e-3 and criterion.clean_weight == 1 / 2 and criterion.options.of_loss[3] == 0.1
+    assert (
+        criterion.eta == 1e-3 and criterion.clean_weight == 1 / 2 and criterion.options.of_loss.label_smoothing == 0.1
+    )
     _, target = mixup_fn(*batch())
     assert target.num_mixed == 8 and target.num_rows == 16
     mixup_fn.set_epoch(3)
