@@ -170,10 +170,12 @@ def files_of(run: Run, root: Path) -> list[Path]:
     return [file for (file,) in found.values()] or [root / "tests"]
 
 
-def run_tests(python: Path, folder: Path, run: Run) -> tuple[int, str]:
+def run_tests(python: Path, folder: Path, run: Run, builds: bool = False) -> tuple[int, str]:
     """Pytest's exit status and its last line."""
     command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *files_of(run, folder)]
     variables = {**os.environ, "PATH": with_tools(python), "PYTHONPATH": str(folder)}
+    if builds:
+        variables["MIXUPE_CUDA_BUILT"] = "1"
     if run.interpreted:
         variables["TRITON_INTERPRET"] = "1"
     if run.libraries:
@@ -208,7 +210,7 @@ def main(names: list[str]) -> int:
         if leg.sanitizes:
             build_sanitized(python, folder)
         for run in leg.runs:
-            status, last = run_tests(python, folder, run)
+            status, last = run_tests(python, folder, run, leg.builds)
             failed |= status != 0
             summary.append(f"{name}, {run.modules or 'all tests'}: {last}, exit status {status}")
     print("==", *summary, sep="\n")
