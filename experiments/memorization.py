@@ -19,7 +19,8 @@ METHODS = {
     "Mixup, α = 32": (32.0, 0.0),
     "Mixup, α = 8, dropout": (8.0, 0.3),
 }
-# mixup, Table 2 (CIFAR-10, PreActResNet-18): best, last, training error on real and on corrupt labels; α as in the paper.
+# mixup, Table 2 (CIFAR-10, PreActResNet-18): best, last, training error on real and on corrupt labels; α as in the paper, whose
+# dropout alone is of 0.7 at 20 % and of 0.8 above. Every figure was compared with the text of arXiv 1710.09412v2.
 PAPER = {
     (0.2, "ERM"): (12.7, 16.6, 0.05, 0.28), (0.2, "dropout"): (8.8, 10.4, 5.26, 83.55),
     (0.2, "Mixup, α = 8"): (5.9, 6.4, 2.27, 86.32),
@@ -68,7 +69,8 @@ def table(rows: list[frame.Row]) -> frame.Lines:
             lines.append([f"{share:.0%}", name, *ours, " / ".join(f"{value:g}" for value in paper) if paper else "–"])
     return frame.Lines(
         ("labels drawn", "method", "best, %", "last, %", "train, right labels", "train, wrong labels", "paper (CIFAR-10)"), lines,
-        f"{frame.distinct(rows, 'data_set')[0]}; error in percent, mean ± standard error of {len(frame.distinct(rows, 'seed'))} seeds.",
+        f"{frame.distinct(rows, 'data_set')[0]}; error in percent, mean ± standard error of {len(frame.distinct(rows, 'seed'))} seeds. "
+        "The paper's are mixup's Table 2 (arXiv 1710.09412v2), whose dropout alone is of 0.7 at 20 % and of 0.8 above, and of 0.5 here.",
     )  # fmt: skip
 
 
