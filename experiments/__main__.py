@@ -46,10 +46,35 @@ COMMANDS = {
 }
 
 
+def device(text: str) -> torch.device:
+    """The device of that name, tried by a tensor that goes there and back."""
+    try:
+        found = torch.device(text)
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError) as error:  # an assertion if torch is built without that kind
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch has here, like cpu or cuda, got {text!r}: {reason}"
+        ) from None
+    return found
+
+
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def listing() -> str:
     lines = (f"  {name:14} {entry.source:24} {entry.what}" for name, entry in EXPERIMENTS.items())
     others = (f"  {name:14} {what}" for name, (_, what) in COMMANDS.items())
-    usage = "usage: python -m experiments NAME [--quick | --full] [--data FOLDER]\n"
+    usage = "usage: python -m experiments NAME [--quick | --full] [--data FOLDER] [--device cuda]\n"
     return "\n".join(
         [usage, *lines, "\nof this package's own policies, with options of their own (--help):\n", *others]
     )
@@ -70,9 +95,21 @@ def main(arguments: list[str]) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="tiny data and few steps, to try the command")
     size.add_argument("--full", action="store_true", help="the paper's networks and epochs")
-    parser.add_argument("--seeds", type=int, help="trainings of each kind, paired by seed (default 8; quick: 2)")
-    parser.add_argument("--data", type=Path, help="folder of real sets (docs/gallery.md says which are read)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="where networks are trained: cpu (default), cuda, cuda:1"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, help="epochs (of gan: steps) in place of the experiment's own, to try a run"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run the cells that have this in their names, in pieces of a long run",
+    )
+    parser.add_argument("--seeds", type=positive, help="trainings of each kind, paired by seed (default 8; quick: 2)")
+    parser.add_argument("--data", type=folder, help="folder of real sets (docs/gallery.md says which are read)")
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier call's rows instead of resuming")
     parser.add_argument(
         "--out",
@@ -82,9 +119,15 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments[1:])
     torch.set_num_threads(given.threads)
     seeds = given.seeds or (2 if given.quick else 8)
-    options = frame.Options(given.quick, given.full, seeds, given.data)
+    options = frame.Options(given.quick, given.full, seeds, given.data, given.device, given.epochs)
+    cells = [str(cell) for cell in module.cells(options)]
+    if not any(given.only in cell for cell in cells):
+        parser.error(
+            f"argument --only: expected a part of a cell's name, got {given.only!r}; the cells: {'; '.join(cells)}"
+        )
     out = given.out or frame.place(name, options)
-    frame.execute(module, name, f"{name}: {entry.what} ({entry.source})", options, out, given.fresh)
+    title = f"{name}: {entry.what} ({entry.source})"
+    frame.execute(module, name, title, options, out, given.fresh, given.only)
     return 0
 
 

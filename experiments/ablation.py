@@ -46,7 +46,7 @@ def pairs(kind: str, x: torch.Tensor, labels: torch.Tensor, draws: batched.Draws
     # A class may have fewer rows in a batch: the pick is among those at a finite distance; a row alone is its own partner.
     finite = nearest.values.isfinite().sum(2)
     pick = (draws.uniform(labels.shape[1:]) * finite).long().unsqueeze(2)
-    own = torch.arange(labels.shape[1]).expand_as(labels)
+    own = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     return torch.where(finite > 0, nearest.indices.gather(2, pick).squeeze(2), own)
 
 
@@ -112,8 +112,9 @@ def cells(options: frame.Options) -> list[str]:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    network = batched.Networks(range(options.seeds), (parts.x_train.shape[2], 128, 128, parts.classes))
-    batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.pick(1, 60, 200))
+    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
+    network = batched.Networks(range(options.seeds), sizes, device=options.device)
+    batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.length(1, 60, 200))
     figures = zip(
         batched.errors(network, parts.x_test, parts.test),
         batched.losses(network, parts.x_test, parts.test),

@@ -22,14 +22,15 @@ def cells(options: frame.Options) -> list[str]:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     alpha, table = float(cell), sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    network = batched.Networks(range(options.seeds), (parts.x_train.shape[2], 128, 128, parts.classes))
+    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
+    network = batched.Networks(range(options.seeds), sizes, device=options.device)
     objective = batched.mixup(alpha) if alpha else batched.erm
-    batched.trained(network, parts.x_train, parts.train, objective, options.pick(3, 100, 200))
+    batched.trained(network, parts.x_train, parts.train, objective, options.length(3, 100, 200))
     clean = batched.losses(network, parts.x_train, parts.train)
     mixed, entropy = clean, torch.zeros_like(clean)
     if alpha:
         draws, law, passes = (
-            batched.Draws(range(1000, 1000 + options.seeds)),
+            batched.Draws(range(1000, 1000 + options.seeds), options.device),
             mk.sampling.Beta(alpha),
             options.pick(2, 100),
         )

@@ -41,13 +41,13 @@ def measure(network, x: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[s
     figures["exact"], figures["approximate"] = exact.mean().item(), approximate.mean().item()
     standard = torch.nn.functional.cross_entropy(logits, labels)
     figures["standard"] = standard.item()
-    generator = torch.Generator().manual_seed(seed)
+    generator = frame.generator(seed, x.device)
     for share in SHARES:
         # The paper's form of the mixup loss: λ ~ D_λ, and the own label alone (§2.1). 1 − λ is shrunk by the share.
         total, weight, draws = 0.0, 0.0, 40
         for _ in range(draws):
-            partner = torch.randint(len(x), (len(x),), generator=generator)
-            away = share * (1 - mk.sampling.DLambda(ALPHA).sample((len(x),), generator, torch.device("cpu")))
+            partner = torch.randint(len(x), (len(x),), generator=generator, device=x.device)
+            away = share * (1 - mk.sampling.DLambda(ALPHA).sample((len(x),), generator, x.device))
             total += torch.nn.functional.cross_entropy(network(mk.mix(x, partner, 1 - away)), labels).item() / draws
             weight += away.mean().item() / draws
         figures[f"difference_{share:g}"] = total - standard.item()
@@ -58,8 +58,9 @@ def measure(network, x: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[s
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    networks = batched.Networks(range(options.seeds), (parts.x_train.shape[2], 128, 128, parts.classes))
-    epochs, rows = options.pick((0, 2), EPOCHS), []
+    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
+    networks = batched.Networks(range(options.seeds), sizes, device=options.device)
+    epochs, rows = (0, options.epochs) if options.epochs else options.pick((0, 2), EPOCHS), []
 
     def look(epoch):
         for seed in range(options.seeds):

@@ -13,13 +13,24 @@ from torch import Tensor
 
 import mixupe_kernels as mk
 
+from . import frame
+
 BATCH, LEARNING_RATE = 100, 1e-3
 
 
 class Networks:
-    """E multilayer perceptrons with ReLU, initialised as ``torch.nn.Linear`` is under each seed: (E, N, d) → (E, N, C)."""
+    """E multilayer perceptrons with ReLU, initialised as ``torch.nn.Linear`` is under each seed: (E, N, d) → (E, N, C).
 
-    def __init__(self, seeds: Sequence[int], sizes: Sequence[int], dropout: float = 0.0):
+    They begin alike on every ``device``.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        sizes: Sequence[int],
+        dropout: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
         layers = []
         for seed in seeds:
             torch.manual_seed(seed)
@@ -27,8 +38,9 @@ class Networks:
         self.dropout, self.training = dropout, True
         self.parameters = []
         for copies in zip(*layers, strict=True):
-            self.parameters.append(torch.stack([layer.weight.detach().t() for layer in copies]).requires_grad_())
-            self.parameters.append(torch.stack([layer.bias.detach()[None] for layer in copies]).requires_grad_())
+            weights = torch.stack([layer.weight.detach().t() for layer in copies])
+            biases = torch.stack([layer.bias.detach()[None] for layer in copies])
+            self.parameters += [part.to(device).requires_grad_() for part in (weights, biases)]
 
     @property
     def depth(self) -> int:
@@ -64,38 +76,42 @@ def cross_entropy(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def plain(labels: Tensor) -> Rows:
-    return Rows(labels, labels, torch.ones(labels.shape))
+    return Rows(labels, labels, torch.ones(labels.shape, device=labels.device))
 
 
 class Draws:
-    """One generator a seed: λ and partners of E batches."""
+    """One generator a seed, all on ``device``: λ and partners of E batches."""
 
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.generators = [frame.generator(seed, device) for seed in seeds]
+
+    def _each(self, draw: Callable[..., Tensor], *arguments) -> Tensor:
+        return torch.stack([draw(*arguments, generator=g, device=self.device) for g in self.generators])
 
     def partners(self, rows: int) -> Tensor:
-        return torch.stack([torch.randperm(rows, generator=generator) for generator in self.generators])
+        return self._each(torch.randperm, rows)
 
-    def lam(self, law: mk.sampling.Distribution) -> Tensor:
-        """One λ a seed, (E,)."""
-        return torch.stack([law.sample((), generator, torch.device("cpu")) for generator in self.generators])
+    def lam(self, law: mk.sampling.Distribution, shape: tuple[int, ...] = ()) -> Tensor:
+        """(E, *shape): one λ a seed, unless a shape is given."""
+        return self._each(law.sample, shape)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+        return self._each(torch.rand, shape)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+        return self._each(torch.randn, shape)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (E, M) of values (E, N, ...)."""
-    return values[torch.arange(len(index)).unsqueeze(1), index]
+    return values[torch.arange(len(index), device=index.device).unsqueeze(1), index]
 
 
 def mix(x: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     """λx + (1 − λ)x[partner] within each seed: x (E, N, ...), partner and λ (E, N)."""
     seeds, rows = partner.shape
-    offset = torch.arange(seeds).unsqueeze(1) * rows
+    offset = torch.arange(seeds, device=partner.device).unsqueeze(1) * rows
     return mk.mix(x.flatten(0, 1).contiguous(), (partner + offset).flatten(), lam.flatten()).view(x.shape)
 
 
@@ -150,9 +166,9 @@ def train(
     rate: float = LEARNING_RATE,
     weight_decay: float = 0.0,
 ) -> Iterator[Networks]:
-    """Adam on (E, n, d) rows; yields the networks, in evaluation, after each epoch."""
+    """Adam on (E, n, d) rows, on their device; yields the networks, in evaluation, after each epoch."""
     seeds = range(len(labels))
-    draws, order = Draws(seeds), Draws(seeds)
+    draws, order = Draws(seeds, x.device), Draws(seeds, x.device)
     optimizer = torch.optim.Adam(network.parameters, rate, weight_decay=weight_decay, fused=True)
     for _ in range(epochs):
         network.training = True

@@ -35,12 +35,13 @@ def jacobian_norms(network: batched.Networks, x: torch.Tensor) -> torch.Tensor:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    network = batched.Networks(range(options.seeds), (parts.x_train.shape[2], 128, 128, parts.classes))
-    batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.pick(3, 100, 200))
+    sizes, device = (parts.x_train.shape[2], 128, 128, parts.classes), options.device
+    network = batched.Networks(range(options.seeds), sizes, device=device)
+    batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.length(3, 100, 200))
     pairs = options.pick(50, 2000)
     own, other = [], []
     for seed, labels in enumerate(parts.train):
-        drawn = torch.randint(len(labels), (2, 4 * pairs), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(len(labels), (2, 4 * pairs), generator=frame.generator(seed, device), device=device)
         drawn = drawn[:, labels[drawn[0]] != labels[drawn[1]]][:, :pairs]
         own.append(drawn[0])
         other.append(drawn[1])
@@ -56,7 +57,7 @@ def run(cell: str, options: frame.Options) -> list[frame.Row]:
         misses = 100 * ((said != first) & (said != second)).float().mean(1)
         # How far the two classes' probabilities are from λ and 1 − λ: the linearity that mixup asks for.
         ends = torch.stack([p.gather(2, c.unsqueeze(2)).squeeze(2) for c in (first, second)], 2)
-        linear = (ends - torch.tensor([lam, 1 - lam])).abs().mean((1, 2))
+        linear = (ends - ends.new_tensor([lam, 1 - lam])).abs().mean((1, 2))
         norms = jacobian_norms(network, between).mean(1)
         for seed, (miss, gap, norm) in enumerate(torch.stack([misses, linear, norms], 1).tolist()):
             rows.append(

@@ -170,5 +170,5 @@ def corrupt(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
 
 
 def batches(rows: int, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Indices of one epoch's batches, in an order drawn from ``generator``; the last may be smaller."""
-    return torch.randperm(rows, generator=generator).split(batch)
+    """Indices of one epoch's batches, in an order drawn from ``generator``, on its device; the last may be smaller."""
+    return torch.randperm(rows, generator=generator, device=generator.device).split(batch)

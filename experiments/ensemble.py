@@ -15,7 +15,7 @@ import mixupe_kernels as mk
 from bench import models
 from bench.methods import named_batch
 
-from . import data
+from . import data, frame
 
 BATCH, LEARNING_RATE = 100, 1e-3
 
@@ -31,7 +31,14 @@ class Member(NamedTuple):
 class Network:
     """E copies of the network of §4.2, each initialised as ``models.mlp`` is under its seed: (E, N, d) → (E, N, C)."""
 
-    def __init__(self, members: Sequence[Member], features: int, classes: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        features: int,
+        classes: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         layers = []
         for member in members:
             torch.manual_seed(member.seed)
@@ -40,8 +47,8 @@ class Network:
         for copies in zip(*layers, strict=True):
             weight = torch.stack([layer.weight.detach().t() for layer in copies])
             bias = torch.stack([layer.bias.detach().unsqueeze(0) for layer in copies])
-            self.weights.append(weight.to(dtype).requires_grad_())
-            self.biases.append(bias.to(dtype).requires_grad_())
+            self.weights.append(weight.to(device, dtype).requires_grad_())
+            self.biases.append(bias.to(device, dtype).requires_grad_())
 
     def parameters(self) -> list[Tensor]:
         return [*self.weights, *self.biases]
@@ -64,13 +71,14 @@ def member_losses(logits: Tensor, targets: Sequence[mk.MixedTarget], eta: Tensor
     mix_loss = ce[:, : first.num_mixed].mean(1)
     if not first.num_reg:
         return mix_loss
-    weight = torch.stack([torch.as_tensor(target.reg_weight, dtype=ce.dtype) for target in targets])
+    weights = [target.reg_weight for target in targets]
+    weight = torch.stack([w.to(ce.dtype) if isinstance(w, Tensor) else ce.new_full((), w) for w in weights])
     total = mix_loss + eta * weight * gap[:, -first.num_reg :].abs().mean(1)
     return (mix_loss / total).detach() * total
 
 
 def _erm_target(labels: Tensor) -> mk.MixedTarget:
-    return mk.MixedTarget(labels, labels, torch.ones(len(labels)), len(labels), 0, 0.0)
+    return mk.MixedTarget(labels, labels, torch.ones(labels.shape, device=labels.device), len(labels), 0, 0.0)
 
 
 def train(
@@ -81,24 +89,25 @@ def train(
     epochs: int,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Network]:
-    """Train all members; yields the network after each epoch. ``splits`` are by seed and of equal sizes."""
+    """Train all members, on the device of ``splits``, which are by seed and of equal sizes; yields the network after each epoch."""
     first = splits[members[0].seed]
-    network = Network(members, first.x_train.shape[1], classes, dtype)
+    device = first.train.device
+    network = Network(members, first.x_train.shape[1], classes, dtype, device)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, fused=True)
-    eta = torch.tensor([member.eta for member in members], dtype=dtype)
-    mixers = [named_batch(policy, m.alpha, torch.Generator().manual_seed(m.seed)) for m in members]
-    orders = {seed: torch.Generator().manual_seed(seed) for seed in splits}
+    eta = torch.tensor([member.eta for member in members], dtype=dtype, device=device)
+    mixers = [named_batch(policy, m.alpha, frame.generator(m.seed, device)) for m in members]
+    orders = {seed: frame.generator(seed, device) for seed in splits}
     inputs = {seed: part.x_train.to(dtype) for seed, part in splits.items()}
     for _ in range(epochs):
         order = {seed: data.batches(len(first.train), BATCH, generator) for seed, generator in orders.items()}
         for index in range(len(order[members[0].seed])):
+            optimizer.zero_grad(set_to_none=True)
             xs, targets = [], []
             for member, mixer in zip(members, mixers, strict=True):
                 rows = order[member.seed][index]
                 x, target = mixer(inputs[member.seed][rows], splits[member.seed].train[rows])
                 xs.append(x)
                 targets.append(target if isinstance(target, mk.MixedTarget) else _erm_target(target))
-            optimizer.zero_grad(set_to_none=True)
             member_losses(network(torch.stack(xs)), targets, eta).sum().backward()
             optimizer.step()
         yield network

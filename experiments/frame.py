@@ -29,26 +29,42 @@ Row = dict[str, str | int | float]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """``quick`` is for tests: tiny data, few steps. ``full`` is the paper's size. ``data`` is a folder of real sets."""
+    """``quick`` is for tests: tiny data, few steps. ``full`` is the paper's size. ``data`` is a folder of real sets.
+
+    ``epochs`` is instead of an experiment's own number; networks are trained on ``device``.
+    """
 
     quick: bool = False
     full: bool = False
     seeds: int = 8
     data: Path | None = None
+    device: torch.device = torch.device("cpu")
+    epochs: int | None = None
 
     def pick(self, quick, normal, full=None):
         """The value for the size of this run; ``full`` is ``normal`` where it is not given."""
         return quick if self.quick else full if self.full and full is not None else normal
 
+    def length(self, quick: int, normal: int, full: int | None = None) -> int:
+        """How many epochs to train for: ``pick``, unless ``epochs`` says it."""
+        return self.epochs or self.pick(quick, normal, full)
+
     @property
     def settings(self) -> str:
         """What the rows of a run depend on, in a word; a folder counts by what it holds, not by where it is."""
         words = ["quick"] * self.quick + ["full"] * self.full + [f"seeds={self.seeds}"]
+        words += [f"epochs={self.epochs}"] * bool(self.epochs)
+        words += [f"device={self.device.type}"] * (self.device.type != "cpu")  # whose random numbers are others
         if self.data:
             held = sorted(path for path in self.data.iterdir() if not path.name.startswith("."))
             listed = "\n".join(f"{path.name} {path.stat().st_size if path.is_file() else 'folder'}" for path in held)
             words.append(f"data={zlib.crc32(listed.encode()):08x}")
         return " ".join(words)
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A source of random numbers on ``device``, where they are drawn: the host sends none."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 class Lines(NamedTuple):
@@ -91,14 +107,20 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
 
 
-def compute(module: types.ModuleType, options: Options, store: Path, console: Console, name: str = "") -> list[Row]:
-    """Run every cell that ``store`` does not hold yet with these settings, and return the rows of all of this run's cells."""
+def compute(
+    module: types.ModuleType, options: Options, store: Path, console: Console, name: str = "", only: str = ""
+) -> list[Row]:
+    """Run the cells that have ``only`` in their names, but for those that ``store`` holds with these settings.
+
+    Returns the rows of all of the experiment's cells that are there.
+    """
     names, settings = [str(cell) for cell in module.cells(options)], options.settings
+    asked = [cell for cell in names if only in cell]
     done = {row["cell"] for row in select(read(store), settings=settings)} if store.exists() else set()
     columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=len(names))
-        for cell in names:
+        task = progress.add_task(name, total=len(asked))
+        for cell in asked:
             if cell not in done:
                 progress.update(task, description=f"{name}: {cell}")
                 append(store, [{"cell": cell, "settings": settings, **row} for row in module.run(cell, options)])
@@ -141,15 +163,20 @@ def picture(module: types.ModuleType, rows: list[Row], path: Path) -> None:
         plt.close(figure)
 
 
-def execute(module: types.ModuleType, name: str, title: str, options: Options, out: Path, fresh: bool = False) -> None:
-    """Compute what is missing, then print the table and draw the picture of all rows."""
+def execute(
+    module: types.ModuleType, name: str, title: str, options: Options, out: Path, fresh: bool = False, only: str = ""
+) -> None:
+    """Compute what is missing, then print the table and draw the picture, once all rows are there."""
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
     store = out / f"{name}.csv"
     if fresh:
         store.unlink(missing_ok=True)
     with torch.random.fork_rng(devices=[]):
-        rows = compute(module, options, store, console, name)
+        rows = compute(module, options, store, console, name, only)
+    if missing := len(module.cells(options)) - len(distinct(rows, "cell")):
+        console.print(f"{missing} cells are left to be run before a table and a picture. Rows: {store}", soft_wrap=True)
+        return
     show(module.table(rows), title, console)
     picture(module, rows, out / f"{name}.png")
     console.print(f"Rows and picture: {store}, {out / f'{name}.png'}", soft_wrap=True, highlight=False)

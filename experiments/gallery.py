@@ -20,7 +20,10 @@ are in `run/experiments/`.
 `--data FOLDER` is a folder of real sets: ARFF and CSV files (the class last) for the tabular ones, `cifar-10-batches-py`, `cifar-100-python`,
 `svhn` (its two `.mat` files), `tiny-imagenet-200` and ImageNet (`train/CLASS`, `val/CLASS`; torchvision reads it) for images, Google's commands as they are unpacked (or their
 spectrograms x and classes y in `commands-train.npz` and `commands-test.npz`) for speech, and folders of TUDatasets for graphs.
-`--full` takes the papers' networks and epochs, on the same code; no GPU has run it yet.
+`--full` takes the papers' networks and epochs, on the same code: PreActResNet-18 to 101 and WRN-28-10, ResNet-50, ViT-B/16 and timm's CoAtNet-0 on ImageNet,
+LeNet and VGG of the papers' widths, a GIN of 64. `--device cuda` trains on a GPU, with data, models and random numbers there; `--only TEXT` runs the cells that have
+the text in their names, so that a long run goes in pieces; `--epochs 1` tries one. A test takes a step of each of these networks at its real input size on made-up
+files; no GPU has run them yet, and no figure here is theirs.
 """
 SECTION = """
 ## {name}

@@ -49,7 +49,7 @@ def energy_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def modes(x: torch.Tensor) -> torch.Tensor:
     """How many of the ring's 8 have at least a quarter of their share of the points within 0.4, (E,)."""
-    angles = torch.arange(8) * (math.pi / 4)
+    angles = torch.arange(8, device=x.device) * (math.pi / 4)
     centres = 2 * torch.stack([angles.cos(), angles.sin()], 1)
     near = (torch.cdist(x, centres.expand(len(x), -1, -1)) < 0.4).float().mean(1)
     return (near > 0.25 / 8).sum(1)
@@ -57,21 +57,21 @@ def modes(x: torch.Tensor) -> torch.Tensor:
 
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     data, alpha = cell.split(" ")[0], float(cell.split(" ")[1])
-    seeds = range(options.seeds)
-    generator = batched.Networks(seeds, (NOISE, *HIDDEN, 2))
-    discriminator = batched.Networks(range(1000, 1000 + options.seeds), (2, *HIDDEN, 1))
+    seeds, device = range(options.seeds), options.device
+    generator = batched.Networks(seeds, (NOISE, *HIDDEN, 2), device=device)
+    discriminator = batched.Networks(range(1000, 1000 + options.seeds), (2, *HIDDEN, 1), device=device)
     ways = {"lr": 1e-3, "betas": (0.5, 0.999)}
     of_generator = torch.optim.Adam(generator.parameters, **ways, fused=True)
     of_discriminator = torch.optim.Adam(discriminator.parameters, **ways, fused=True)
-    draws, law = batched.Draws(seeds), mk.sampling.Beta(alpha) if alpha else None
-    rows, steps, looks = [], options.pick(20, 4000, 20_000), 8
-    checks = batched.Draws(range(2000, 2000 + options.seeds))
+    draws, law = batched.Draws(seeds, device), mk.sampling.Beta(alpha) if alpha else None
+    rows, steps, looks = [], options.length(20, 4000, 20_000), 8
+    checks = batched.Draws(range(2000, 2000 + options.seeds), device)
     others = real(data, 1000, checks)
     noise = checks.normal((1000, NOISE))
     for step in range(1, steps + 1):
         x, fake = real(data, BATCH, draws), generator(draws.normal((BATCH, NOISE))).detach()
         if law:
-            lam = torch.stack([law.sample((BATCH, 1), own, torch.device("cpu")) for own in draws.generators])
+            lam = draws.lam(law, (BATCH, 1))
             loss = bce(discriminator(torch.lerp(fake, x, lam)), lam)
         else:
             out = discriminator(torch.cat([x, fake], 1))
@@ -83,7 +83,7 @@ def run(cell: str, options: frame.Options) -> list[frame.Row]:
         of_generator.zero_grad()
         (options.seeds * bce(out, torch.ones_like(out))).backward()
         of_generator.step()
-        if step % (steps // looks) == 0:
+        if step % max(1, steps // looks) == 0:
             with torch.no_grad():
                 made = generator(noise)
             figures = torch.stack([energy_distance(made, others), modes(made).float()], 1).tolist()

@@ -1,7 +1,8 @@
 """Graphs (MixupE §4.4): a GIN of five layers, mixed at the read-out by ``draw`` and ``apply``, ten folds.
 
 Adam at 0.01, halved every 50 epochs; α and η are set, not chosen, since the folds have no validation part. A fold's test graphs are
-judged after the last epoch. Folds are stratified, the same for all methods, and differences are paired by fold.
+judged after the last epoch. Folds are stratified, the same for all methods, and differences are paired by fold. Batches are put together
+on the CPU, where their sizes are known.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import mixupe_kernels as mk
 
-from . import frame, sources
+from . import data, frame, sources
 
 FOLDS, LAYERS, BATCH, RATE = 10, 5, 64, 0.01
 # name → (mixes, α, η)
@@ -68,23 +69,19 @@ def train(graphs: sources.Graphs, fold: int, method: str, options: frame.Options
     """(test error in percent after the last epoch, its mean over the last tenth of the epochs)."""
     mixes, alpha, eta = METHODS[method]
     parts = folds(graphs.labels)
-    held = sources.part_of(graphs, parts[fold])
+    held, device = sources.part_of(graphs, parts[fold]).to(options.device), options.device
     rest = torch.cat([part for index, part in enumerate(parts) if index != fold])
     torch.manual_seed(fold)
-    model = Gin(graphs.x.shape[1], options.pick(8, 32, 64), graphs.classes)
-    mixer = (
-        mk.MixupE(alpha, generator=torch.Generator().manual_seed(fold))
-        if eta
-        else mk.Mixup(alpha, generator=torch.Generator().manual_seed(fold))
-    )
-    criterion, order = mk.MixupELoss(eta), torch.Generator().manual_seed(fold)
+    model = Gin(graphs.x.shape[1], options.pick(8, 32, 64), graphs.classes).to(device)
+    mixer = (mk.MixupE if eta else mk.Mixup)(alpha, generator=frame.generator(fold, device))
+    criterion, order = mk.MixupELoss(eta), frame.generator(fold)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
-    epochs, errors = options.pick(1, 100, 350), []
+    epochs, errors = options.length(1, 100, 350), []
     for _ in range(epochs):
         model.train()
-        for rows in torch.randperm(len(rest), generator=order).split(BATCH):
-            batch = sources.part_of(graphs, rest[rows])
+        for rows in data.batches(len(rest), BATCH, order):
+            batch = sources.part_of(graphs, rest[rows]).to(device)
             optimizer.zero_grad()
             if mixes:
                 draw = mixer.draw(batch.labels)

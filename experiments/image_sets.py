@@ -31,6 +31,16 @@ class Images(NamedTuple):
     def height(self) -> int:
         return self.x_test.shape[2]
 
+    @property
+    def order_device(self) -> torch.device:
+        """Where the generator of ``batches`` is."""
+        return self.train.device
+
+    def to(self, device: torch.device) -> "Images":
+        return self._replace(
+            **{name: getattr(self, name).to(device) for name in ("x_train", "train", "x_test", "test")}
+        )
+
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch's batches."""
         for rows in data.batches(len(self.train), size, generator):
@@ -117,16 +127,18 @@ def in_folder(folder: Path | None) -> list[str]:
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each image flipped with probability 1/2 and cropped from a frame of four reflected pixels."""
-    count, _, height, width = x.shape
-    flip = torch.rand(count, generator=generator) < 0.5
+    count, channels, height, width = x.shape
+
+    def numbers(end: int) -> Tensor:
+        return torch.arange(end, device=x.device)
+
+    flip = torch.rand(count, generator=generator, device=x.device) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     framed = F.pad(x, (4, 4, 4, 4), mode="reflect")
-    top, left = torch.randint(9, (2, count), generator=generator)
-    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-    return framed[
-        torch.arange(count)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns
-    ]
+    top, left = torch.randint(9, (2, count), generator=generator, device=x.device)
+    rows = (top[:, None] + numbers(height))[:, None, :, None]
+    columns = (left[:, None] + numbers(width))[:, None, None, :]
+    return framed[numbers(count)[:, None, None, None], numbers(channels)[None, :, None, None], rows, columns]
 
 
 # Affine maps of a draw u in [−1, 1], as the four entries of their matrix.
@@ -150,7 +162,7 @@ def shear(degrees: float):
 
 
 def zoom(scale: float):
-    return lambda u: torch.tensor([1 / scale, 0, 0, 1 / scale]).expand(len(u), 4)
+    return lambda u: u.new_tensor([1 / scale, 0, 0, 1 / scale]).expand(len(u), 4)
 
 
 # The test images of MixupE, Table 8.
@@ -168,7 +180,7 @@ DEFORMATIONS = {
 
 def deformed(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
     """Images under an affine map drawn for each of them; what comes from outside is the image's edge."""
-    u = 2 * torch.rand(len(x), generator=generator) - 1
-    matrix = torch.cat([DEFORMATIONS[name](u).view(-1, 2, 2), torch.zeros(len(x), 2, 1)], 2)
+    u = 2 * torch.rand(len(x), generator=generator, device=x.device) - 1
+    matrix = torch.cat([DEFORMATIONS[name](u).view(-1, 2, 2), u.new_zeros(len(x), 2, 1)], 2)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)

@@ -19,7 +19,8 @@ JUDGED = 250  # images at a time
 class Stream(NamedTuple):
     """Data sets of (image (3, height, height) float32, label): training ones drawn and as they are, and the test's.
 
-    It has what ``image_sets.Images`` has of ``batches``, ``shown``, ``height``, ``classes`` and ``alpha``.
+    It has what ``image_sets.Images`` has of ``batches``, ``shown``, ``height``, ``classes``, ``alpha`` and ``order_device``. Images are
+    read on the CPU and given on ``device``.
     """
 
     drawn: Dataset
@@ -28,14 +29,22 @@ class Stream(NamedTuple):
     classes: int
     height: int
     workers: int
+    device: torch.device
     alpha: float = 0.2  # MixupE §4.1, for both sets
+    order_device = torch.device("cpu")
 
     def batches(self, size: int, generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
         """One epoch's batches; workers are seeded from ``generator`` too."""
-        return DataLoader(self.drawn, size, shuffle=True, generator=generator, num_workers=self.workers)
+        return self._loaded(self.drawn, size, shuffle=True, generator=generator)
 
     def shown(self, part: str) -> Iterable[tuple[Tensor, Tensor]]:
-        return DataLoader({"train": self.train, "test": self.test}[part], JUDGED, num_workers=self.workers)
+        return self._loaded({"train": self.train, "test": self.test}[part], JUDGED)
+
+    def _loaded(self, images: Dataset, size: int, **order) -> Iterable[tuple[Tensor, Tensor]]:
+        pinned = self.device.type == "cuda"
+        for pair in DataLoader(images, size, num_workers=self.workers, pin_memory=pinned, **order):
+            x, labels = (part.to(self.device, non_blocking=True) for part in pair)
+            yield x, labels
 
 
 def is_tiny(folder: Path) -> bool:
@@ -76,4 +85,4 @@ def read(folder: Path, options: frame.Options) -> Stream:
         odd = sorted(set(test.classes) ^ set(train.classes))
         raise ValueError(f"{folder}: expected the same classes in train and val, got {', '.join(odd)} in one of them")
     workers = 0 if options.quick else len(os.sched_getaffinity(0))
-    return Stream(drawn, train, test, len(train.classes), height, workers)
+    return Stream(drawn, train, test, len(train.classes), height, workers, options.device)

@@ -33,7 +33,7 @@ class Learned:
     """An objective whose α, one a seed, moves by the meta gradient: called as every other objective."""
 
     def __init__(self, seeds: int, x_validation: torch.Tensor, validation: torch.Tensor):
-        self.log_alpha = torch.full((seeds,), float(np.log(START)), requires_grad=True)
+        self.log_alpha = torch.full((seeds,), float(np.log(START)), device=validation.device, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.log_alpha], META_RATE)
         self.x, self.labels, self.calls = x_validation, validation, 0
 
@@ -47,7 +47,7 @@ class Learned:
         loss = batched.cross_entropy(network(batched.mix(x, partner, share)), targets)[0].mean(1).sum()
         gradients = torch.autograd.grad(loss, network.parameters, create_graph=True)
         moved = [p.detach() - TRIAL_RATE * g for p, g in zip(network.parameters, gradients, strict=True)]
-        held = torch.stack([torch.randperm(self.labels.shape[1])[:rows] for _ in self.labels])
+        held = torch.stack([torch.randperm(len(own), device=own.device)[:rows] for own in self.labels])
         out = network(batched.gather(self.x, held), parameters=moved)
         after = batched.cross_entropy(out, batched.plain(self.labels.gather(1, held)))[0].mean(1).sum()
         return torch.autograd.grad(after, source)[0]
@@ -55,19 +55,18 @@ class Learned:
     def meta_step(self, network, x, labels, draws) -> None:
         """One step of log α. ``rsample`` takes no generator, so that these λ and validation rows come from torch's own."""
         alpha = self.log_alpha.exp()
-        lam = torch.distributions.Beta(alpha, alpha).rsample()
+        lam = torch.distributions.Beta(alpha, alpha, validate_args=False).rsample()
         self.log_alpha.grad = self.gradient(network, x, labels, draws, lam, self.log_alpha, labels.shape[1])
         self.optimizer.step()
+        # Laws of λ take numbers: once a meta step the host waits for these, as it does for what is logged.
+        self.laws = [mk.sampling.Beta(alpha) for alpha in self.log_alpha.detach().exp().tolist()]
 
     def __call__(self, network, x, labels, draws) -> torch.Tensor:
         if self.calls % EVERY == 0:
             self.meta_step(network, x, labels, draws)
         self.calls += 1
-        alphas = self.log_alpha.detach().exp().tolist()
-        device = torch.device("cpu")
-        lam = torch.stack(
-            [mk.sampling.Beta(a).sample((), g, device) for a, g in zip(alphas, draws.generators, strict=True)]
-        )
+        each = zip(self.laws, draws.generators, strict=True)
+        lam = torch.stack([law.sample((), generator, labels.device) for law, generator in each])
         lam, partner = lam[:, None].expand(labels.shape), draws.partners(labels.shape[1])
         rows = batched.Rows(labels, labels.gather(1, partner), lam)
         return batched.cross_entropy(network(batched.mix(x, partner, lam)), rows)[0].mean(1)
@@ -76,7 +75,8 @@ class Learned:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     case, method = cell.split(": ")
     parts = sets.stacked(sets.digits_table(options), options, rows=ROWS, corrupted=CASES[case])
-    network = batched.Networks(range(options.seeds), (parts.x_train.shape[2], 128, 128, parts.classes))
+    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
+    network = batched.Networks(range(options.seeds), sizes, device=options.device)
     learned, rows = None, []
     objective = batched.erm
     if method == "learned":
@@ -85,7 +85,7 @@ def run(cell: str, options: frame.Options) -> list[frame.Row]:
     elif method != "ERM":
         objective = batched.mixup(float(method.removeprefix("α = ")))
     for epoch, _ in enumerate(
-        batched.train(network, parts.x_train, parts.train, objective, options.pick(2, 60, 200)), 1
+        batched.train(network, parts.x_train, parts.train, objective, options.length(2, 60, 200)), 1
     ):
         if learned:
             rows += [_row(kind="path", case=case, method=method, seed=seed, epoch=epoch, alpha=alpha)

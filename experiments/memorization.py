@@ -43,10 +43,10 @@ def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, corrupted=share)
     sizes = (parts.x_train.shape[2], *HIDDEN, parts.classes)
-    network = batched.Networks(range(options.seeds), sizes, dropout)
+    network = batched.Networks(range(options.seeds), sizes, dropout, options.device)
     objective = batched.mixup(alpha) if alpha else batched.erm
     test = []
-    for trained in batched.train(network, parts.x_train, parts.train, objective, options.pick(3, 40, 200)):
+    for trained in batched.train(network, parts.x_train, parts.train, objective, options.length(3, 40, 200)):
         test.append(batched.errors(trained, parts.x_test, parts.test))
     best, last = torch.stack(test).min(0).values, test[-1]
     with torch.no_grad():

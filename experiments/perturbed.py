@@ -96,7 +96,7 @@ def train(table: data.Table, options: frame.Options) -> list[frame.Row]:
     """Three trainings for each seed: α = 1, few training rows, so that regularization counts."""
     law = mk.sampling.Beta(1.0)
     parts = sets.stacked(table, options, rows=600)
-    epochs = options.pick(2, 60, 200)
+    epochs = options.length(2, 60, 200)
     means, shares = (
         parts.x_train.mean(1, keepdim=True),
         torch.nn.functional.one_hot(parts.train, parts.classes).float().mean(1),
@@ -119,7 +119,7 @@ def train(table: data.Table, options: frame.Options) -> list[frame.Row]:
             {"Approximated Mixup": pulled(parts.x_test), "Approximated Mixup, not pulled at test": parts.x_test},
         ),
     ):
-        network = batched.Networks(range(options.seeds), sizes)
+        network = batched.Networks(range(options.seeds), sizes, device=options.device)
         batched.trained(network, parts.x_train, parts.train, objective, epochs)
         for name, x in kinds.items():
             figures = zip(batched.errors(network, x, parts.test), batched.losses(network, x, parts.test), strict=True)

@@ -29,7 +29,10 @@ def digits_table(options: Options) -> data.Table:
 
 
 def stacked(table: data.Table, options: Options, rows: int | None = None, corrupted: float = 0.0) -> Stacked:
-    """``rows`` keeps that many training rows of each seed; ``corrupted`` is the share of training labels drawn at random."""
+    """``rows`` keeps that many training rows of each seed; ``corrupted`` is the share of training labels drawn at random.
+
+    All is made on the CPU, alike for every device, and moved to that of ``options``.
+    """
     if options.quick:
         rows = min(rows or 200, 200)
     splits = []
@@ -40,4 +43,5 @@ def stacked(table: data.Table, options: Options, rows: int | None = None, corrup
     noisy = [data.corrupt(labels, corrupted, table.num_classes, seed) for seed, labels in enumerate(clean)]
     parts = [torch.stack(part) for part in zip(*splits, strict=True)]
     parts[1] = torch.stack(noisy)
-    return Stacked(*parts, table.num_classes, parts[1] != clean)
+    wrong = parts[1] != clean
+    return Stacked(*(part.to(options.device) for part in parts), table.num_classes, wrong.to(options.device))

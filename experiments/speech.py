@@ -13,6 +13,7 @@ import mixupe_kernels as mk
 from bench import models
 
 from . import frame, sources
+from .data import batches
 
 ALPHA, ETA, EPOCHS, WARM_UP = 0.2, 0.01, 20, 5
 PLANS = {"VGG-11": (1, 1, 2, 2, 2), "VGG-13": (2, 2, 2, 2, 2)}
@@ -65,25 +66,25 @@ def cells(options: frame.Options) -> list[str]:
 def train(network: str, method: str, data: sources.Utterances, seed: int, options: frame.Options) -> list[float]:
     """Test error in percent after each epoch."""
     torch.manual_seed(seed)
-    model = build(network, data, options)
+    model = build(network, data, options).to(options.device)
     mixer, eta, gamma, apart = METHODS[method]
-    generator, order = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    generator, order = (frame.generator(seed, options.device) for _ in range(2))
     mixer = mixer(alpha=ALPHA, generator=generator) if mixer else None
     criterion = mk.MixupELoss(eta, clean_weight=gamma)
     if apart:
         mk.split_batch_norm(model)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     errors = []
-    for epoch in range(options.pick(1, EPOCHS)):
+    for epoch in range(options.length(1, EPOCHS)):
         model.train()
         if mixer:
             mixer.set_epoch(epoch)
-        for rows in torch.randperm(len(data.train), generator=order).split(options.pick(30, 30, 100)):
+        for rows in batches(len(data.train), options.pick(30, 30, 100), order):
+            optimizer.zero_grad()
             x, target = data.x_train[rows], data.train[rows]
             if mixer:
                 x, target = mixer(x, target)
             loss = criterion(mk.forward_mixupe(model, x, target if mixer else None), target)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         model.eval()
@@ -95,7 +96,7 @@ def train(network: str, method: str, data: sources.Utterances, seed: int, option
 
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     network, method = cell.split(": ")
-    data = sources.utterances(options.data)
+    data = sources.utterances(options.data).to(options.device)
     return [
         {"data_set": data.name, "network": network, "method": method, "seed": seed, "epoch": epoch, "error": error}
         for seed in range(options.seeds)

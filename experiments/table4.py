@@ -47,9 +47,8 @@ def members(policy: str, options: frame.Options) -> list[ensemble.Member]:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     name, policy = cell.split(": ")
     (table,) = (table for table in tables(options) if table.name == name)
-    runs = quality.train_case(
-        table, 0.0, policy, members(policy, options), 1.0, {quality.EPOCHS: options.pick(2, EPOCHS)}
-    )
+    checkpoints = {quality.EPOCHS: options.length(2, EPOCHS)}
+    runs = quality.train_case(table, 0.0, policy, members(policy, options), 1.0, checkpoints, options.device)
     return [
         {"data_set": name, "policy": policy, "seed": run.seed, "alpha": run.alpha, "eta": run.eta,
          "validation": run.validation_error, "error": run.test_error} for run in runs

@@ -111,12 +111,13 @@ def boundary(method: str, options: frame.Options) -> list[frame.Row]:
         [moons(2000, 10_000 + seed) for seed in range(options.seeds)],
     )
     (x, labels), (x_test, test) = (
-        tuple(torch.stack(parts) for parts in zip(*pairs, strict=True)) for pairs in (made, tests)
+        tuple(torch.stack(parts).to(options.device) for parts in zip(*pairs, strict=True)) for pairs in (made, tests)
     )
-    network = batched.Networks(range(options.seeds), (2, 64, 64, 2))
-    batched.trained(network, x, labels, NETWORKS[method], options.pick(5, 1500), batch=50)
+    network = batched.Networks(range(options.seeds), (2, 64, 64, 2), device=options.device)
+    batched.trained(network, x, labels, NETWORKS[method], options.length(5, 1500), batch=50)
     ticks = torch.linspace(-2, 3, GRID), torch.linspace(-1.5, 2, GRID)
     grid = torch.stack(torch.meshgrid(*ticks, indexing="xy"), 2).view(1, -1, 2).expand(options.seeds, -1, -1)
+    grid = grid.to(options.device)
     with torch.no_grad():
         p = network(grid).softmax(2)
     band = 100 * (p.amax(2) < 0.9).float().mean(1)

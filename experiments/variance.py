@@ -73,15 +73,15 @@ def hessians(alpha: float, options: frame.Options) -> list[frame.Row]:
         mk.sampling.Beta(alpha),
         [data.split(data.bundled("wine"), seed) for seed in range(options.seeds)],
     )
-    x, labels = (torch.stack([getattr(s, name) for s in splits]) for name in ("x_train", "train"))
+    x, labels = (torch.stack([getattr(s, name) for s in splits]).to(options.device) for name in ("x_train", "train"))
     for name, objective in (("W = 0", None), ("ERM", batched.erm), ("Mixup", batched.mixup(alpha))):
-        network = batched.Networks(range(options.seeds), (x.shape[2], 3))
+        network = batched.Networks(range(options.seeds), (x.shape[2], 3), device=options.device)
         if objective:
-            batched.trained(network, x, labels, objective, options.pick(2, 60), rate=1e-2)
+            batched.trained(network, x, labels, objective, options.length(2, 60), rate=1e-2)
         else:
             network.parameters[0] = torch.zeros_like(network.parameters[0])
         for seed in range(options.seeds):
-            weight, own = network.parameters[0][seed].detach().double(), x[seed].double()
+            weight, own = network.parameters[0][seed].detach().cpu().double(), x[seed].cpu().double()
             generator = torch.Generator().manual_seed(seed)
             mixed = mixed_sets(own, law, options.pick(2, 40), generator).flatten(0, 1)
             for kind, figure in (("trace", 0), ("largest eigenvalue", 1)):

@@ -130,12 +130,14 @@ def train_case(
     members: list[ensemble.Member],
     cost: float,
     checkpoints: dict[str, int],
+    device: torch.device | str = "cpu",
 ) -> list[Run]:
     """Train all members; one run for each member and checkpoint. Only training labels are corrupted."""
     splits = {}
     for seed in {member.seed for member in members}:
         parts = data.split(table, seed)
-        splits[seed] = parts._replace(train=data.corrupt(parts.train, corrupted, table.num_classes, seed))
+        parts = parts._replace(train=data.corrupt(parts.train, corrupted, table.num_classes, seed))
+        splits[seed] = data.Split(*(part.to(device) for part in parts))
     order = [splits[member.seed] for member in members]
     stacked = {
         name: torch.stack([getattr(parts, name) for parts in order])

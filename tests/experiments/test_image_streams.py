@@ -82,7 +82,7 @@ def test_they_are_trained_as_the_small_ones(tmp_path, monkeypatch, method):
         layers = [torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.BatchNorm2d(4), torch.nn.Flatten()]
         return torch.nn.Sequential(*layers, torch.nn.Linear(256, classes))
 
-    monkeypatch.setitem(images.IMAGENET, "ResNet-50", tiny)
+    monkeypatch.setitem(images.IMAGENET, "ResNet-50", images.Training(tiny, (1, 1), 256))
     options = frame.Options(quick=True, seeds=1, data=folders.imagenet(tmp_path))
     rows = images.run(f"imagenet | ResNet-50 | {method}", options)
     assert [row["kind"] for row in rows] == ["end"] + ["deformed"] * len(image_sets.DEFORMATIONS)
