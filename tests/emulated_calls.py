@@ -14,18 +14,22 @@ from .ops.test_sums import many_to_one
 ops = torch.ops.mixupe
 
 
-def loss_calls(shape, dtype, kind, shift=0.0):
-    """The losses and ce_entropy with their backwards. Far from 0 a row's lse has lost digits, and its sums are made again."""
+def loss_calls(shape, dtype, kind, shift=0.0, plain=False):
+    """The losses and ce_entropy with their backwards. Far from 0 a row's lse has lost digits, and its sums are made again.
+
+    ``plain``: aligned logits, and no target but the labels, whose columns are then written after all others.
+    """
     sigmoid = kind == "sigmoid"
     target = make_target("dense" if sigmoid else kind, shape, dtype)
-    logits = make_logits(shape, dtype, "sliced") + shift
+    logits = make_logits(shape, dtype, "contiguous" if plain else "sliced") + shift
     one, weight = (torch.tensor(value, dtype=compute_dtype(dtype)) for value in (1.0, 0.3))
-    rows, tail = shape[0], (0.1, sigmoid)
+    smoothing = 0.0 if plain else 0.1
+    rows, tail = shape[0], (smoothing, sigmoid)
     fused = (logits, *target, one, weight, rows // 2, rows - rows // 2, 0, 1.0, True, *tail)
     loss, parts, *saved = ops.mixupe_loss(*fused)
     yield from (loss, parts, *saved, *ops.mixupe_loss_with_gradient(*fused))
     yield ops.mixupe_loss_backward(one, logits, *target, parts, *saved, rows // 2, 0, *tail)
-    options = (torch.rand(shape[1], dtype=one.dtype), 0.1, -100, sigmoid)
+    options = (None if plain else torch.rand(shape[1], dtype=one.dtype), smoothing, -100, sigmoid)
     ce, entropy, lse = ops.ce_entropy(logits, *target, *options)
     yield from (ce, entropy, lse)
     yield ops.ce_entropy_backward(ce, entropy, None, logits, entropy, lse, *target, *options)
@@ -50,6 +54,8 @@ def sum_calls(size, dtype):
 CALLS = {
     "loss, a warp a row": lambda: loss_calls((5, 37), torch.float32, "mixed"),
     "loss, a block a row": lambda: loss_calls((3, 1500), torch.bfloat16, "mixed"),
+    "loss, labels alone, a warp a row": lambda: loss_calls((5, 40), torch.float32, "mixed", plain=True),
+    "loss, labels alone, a block a row": lambda: loss_calls((3, 1504), torch.bfloat16, "mixed", plain=True),
     "loss, dense": lambda: loss_calls((3, 1500), torch.float64, "dense"),
     "loss, far from 0": lambda: loss_calls((3, 1500), torch.float32, "index", shift=300.0),
     "loss, sigmoid": lambda: loss_calls((3, 1500), torch.float16, "sigmoid"),
