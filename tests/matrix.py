@@ -36,6 +36,7 @@ class Leg(NamedTuple):
     builds: bool = False
     emulates: bool = False  # CUDA's kernels on the host
     sanitizes: bool = False  # the compiled backend, by AddressSanitizer and UndefinedBehaviorSanitizer
+    shares: str = ""  # the leg whose environment it has
 
 
 # What meets torch's interfaces; what measures, trains or compiles for other devices is of the legs that have the means.
@@ -52,7 +53,7 @@ LEGS = {
     "triton-3.8": Leg(TRITON),
     "libraries": Leg((Run("", libraries=True),)),
     "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
-    "experiments": Leg((Run("experiments", thorough=True),)),
+    "experiments": Leg((Run("experiments", thorough=True, libraries=True),), shares="libraries"),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
 
@@ -201,7 +202,8 @@ def main(names: list[str]) -> int:
     failed, summary = False, []
     for name in names or LEGS:
         print(f"== {name}", flush=True)
-        python, leg = environment(name), LEGS[name]
+        leg = LEGS[name]
+        python = environment(leg.shares or name)
         folder = install(name, python, development)
         if leg.builds:
             folder = install(name, python, build_wheel(python, MATRIX / name))

@@ -44,18 +44,25 @@ def graphs(folder, name="RINGS", count=30):
     return folder
 
 
-def cifar(folder, count=20):
+def _pickle(path, key, count, classes):
+    """``count`` images of noise as CIFAR's files keep them, the first and the last class among their labels."""
     import pickle
 
-    place = folder / "cifar-10-batches-py"
-    place.mkdir(parents=True)
+    data = torch.randint(256, (count, 3072), generator=torch.Generator().manual_seed(len(path.name))).to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [index * (classes - 1) // (count - 1) for index in range(count)]
+    path.write_bytes(pickle.dumps({"data": data.numpy(), key: labels}))
+
+
+def cifar10(folder, count=2):
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        data = (
-            torch.randint(256, (count, 3072), generator=torch.Generator().manual_seed(len(name)))
-            .to(torch.uint8)
-            .numpy()
-        )
-        (place / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(count)]}))
+        _pickle(folder / "cifar-10-batches-py" / name, "labels", count, 10)
+    return folder
+
+
+def cifar100(folder, count=4):
+    for name in ("train", "test"):
+        _pickle(folder / "cifar-100-python" / name, "fine_labels", count, 100)
     return folder
 
 

@@ -263,7 +263,7 @@ def test_utterances_are_read_as_they_are_written(tmp_path):
 
 
 def test_cifar_is_read_from_its_folder(tmp_path):
-    assert image_sets.in_folder(folders.cifar(tmp_path)) == ["cifar-10-batches-py"]
+    assert image_sets.in_folder(folders.cifar10(tmp_path, 20)) == ["cifar-10-batches-py"]
     read = image_sets.from_folder(tmp_path, "cifar-10-batches-py")
     assert read.x_train.shape == (100, 3, 32, 32) and read.x_test.shape == (20, 3, 32, 32) and read.classes == 10
     torch.testing.assert_close(read.x_train.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
@@ -282,9 +282,9 @@ def test_color_images_are_trained_as_the_small_ones(tmp_path, monkeypatch, metho
         ]
         return torch.nn.Sequential(*layers)
 
-    monkeypatch.setitem(images.LARGE, "PreActResNet-18", tiny)
+    monkeypatch.setitem(images.LARGE, "PreActResNet-18", images.Training(tiny, (1, 1), 100))
     image_sets.from_folder.cache_clear()
-    options = frame.Options(quick=True, seeds=1, data=folders.cifar(tmp_path))
+    options = frame.Options(quick=True, seeds=1, data=folders.cifar10(tmp_path, 20))
     rows = images.run(f"cifar-10-batches-py | PreActResNet-18 | {method}", options)
     assert [row["kind"] for row in rows] == ["end"] + ["deformed"] * len(image_sets.DEFORMATIONS)
     assert all(0 <= row["error"] <= 100 and row["test_loss"] > 0 for row in rows)
