@@ -160,4 +160,5 @@ def draw(rows: list[frame.Row], figure) -> None:
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.set_xlabel("test error less ERM's, points; left is better")
+    axes.set_title(f"{frame.distinct(rows, 'data_set')[0]}, 1000 training rows at most")
     axes.legend()

@@ -90,6 +90,6 @@ def draw(rows: list[frame.Row], figure) -> None:
             shift = (index - (len(methods) - 1) / 2) * 0.16
             axis.bar([place + shift for place in range(5)], means, 0.16, yerr=errors, label=method)
         axis.set_xticks(range(5), ["clean", *(f"{box} box\n{name}" for box, name in places)])
-        axis.set_title(f"steps of {step} of each feature's range")
+        axis.set_title(f"ε = {step} of each feature's range")
         axis.set_ylabel("test error, %")
     figure.axes[0].legend()

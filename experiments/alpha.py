@@ -93,7 +93,7 @@ def draw(rows: list[frame.Row], figure) -> None:
         line(left, [frame.column(rows, name, alpha=alpha) for alpha in alphas], label)
     for kind, label in KINDS.items():
         line(right, [gaps(rows, alpha, kind) for alpha in alphas], f"against {label}")
-    right.plot(list(PAPER), list(PAPER.values()), "k*--", linewidth=0.8, label="the paper's (CIFAR-10)")
+    right.plot(list(PAPER), list(PAPER.values()), "k*", label="the paper's (CIFAR-10)")
     erm = frame.mean_error(gaps(rows, 0.0, "clean"))[0]
     right.axhline(erm, color="grey", linewidth=0.8, linestyle=":", label="ERM")
     left.set_ylabel("cross-entropy")

@@ -121,13 +121,13 @@ def draw(rows: list[frame.Row], figure) -> None:
         for share, style in ((1.0, "-"), (0.01, ":")):
             values = [frame.mean_error(ratios(rows, share, method=method, epoch=e)) for e in epochs[1:]]
             label = method if share == 1.0 else None
-            third.errorbar(places[1:], *zip(*values, strict=True), fmt=style, color=f"C{index}", label=label)
+            third.errorbar(shifted[1:], *zip(*values, strict=True), fmt=style, color=f"C{index}", label=label)
         for name, style in (("exact", "-"), ("approximate", "--")):
             means, errors = zip(
                 *(frame.mean_error(frame.column(rows, name, method=method, epoch=e)) for e in epochs), strict=True
             )
             second.errorbar(
-                places, means, errors, fmt=style, color=f"C{index}", label=f"{method}, {'q' if style == '-' else 'q̂'}"
+                shifted, means, errors, fmt=style, color=f"C{index}", label=f"{method}, {'q' if style == '-' else 'q̂'}"
             )
     first.axhline(1, color="black", linewidth=0.8)
     first.set_title("α, median and 5 to 95 %; q̂ takes it to be 1")

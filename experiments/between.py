@@ -99,7 +99,8 @@ def draw(rows: list[frame.Row], figure) -> None:
             means, errors = zip(
                 *(frame.mean_error(frame.column(rows, name, method=method, lam=lam)) for lam in LAMBDAS), strict=True
             )
-            axis.errorbar(LAMBDAS, means, errors, marker=".", label=method)
+            dashes = {"linestyle": "--", "zorder": 3} if method == "MixupE" else {}  # Mixup's lies under it
+            axis.errorbar(LAMBDAS, means, errors, marker=".", label=method, **dashes)
         axis.set_xlabel("λ of λxᵢ + (1 − λ)xⱼ")
         axis.set_title(title)
         axis.set_ylim(bottom=0)

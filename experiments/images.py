@@ -322,4 +322,6 @@ def draw(rows: list[frame.Row], figure) -> None:
             label=method,
         )
     axes[1, 1].set_xticks(range(len(deformations)), deformations, rotation=30, fontsize=7)
+    if moved:
+        axes[1, 1].legend(fontsize=7)
     axes[1, 1].set_title(f"test error on deformed images, %, {name}")

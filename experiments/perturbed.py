@@ -187,7 +187,7 @@ def draw(rows: list[frame.Row], figure) -> None:
         (row,) = frame.select(rows, kind="moments", name=name)
         left.plot(alpha, row["drawn_mean"], "k.")
         left.plot(alpha, row["drawn_variance"] ** 0.5, "k.")
-    left.plot([0.5], [0.8183], "r*", markersize=10, label="the paper's θ̄ at ½")
+    left.plot([0.5], PAPER["Beta(1/2)"][:1], "r*", markersize=10, label="the paper's θ̄ at ½")
     left.set_xlabel("α of λ ~ Beta(α, α); dots: drawn")
     left.legend()
     trained = frame.select(rows, kind="training")

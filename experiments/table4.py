@@ -112,10 +112,11 @@ def draw(rows: list[frame.Row], figure) -> None:
             label = f"η = {eta:g}" if not place else None
             right.errorbar(mean, place + 0.2 * (index - 1), xerr=error, fmt="o", color=f"C{index}", label=label)
     for axis, title in (
-        (left, "test error less Mixup's, points; (α, η) chosen"),
-        (right, "MixupE less Mixup, mean over α; η as it is"),
+        (left, "(α, η) chosen on validation rows"),
+        (right, "MixupE less Mixup, mean over α; η not chosen"),
     ):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title)
-        axis.legend(fontsize=7, loc="upper left" if axis is left else "lower right")
+        axis.set_xlabel("test error less Mixup's, points; left is better")
+        axis.legend(fontsize=7, loc="upper left" if axis is left else "center right")
     left.set_yticks(range(len(names)), names)

@@ -181,7 +181,7 @@ def draw(rows: list[frame.Row], figure) -> None:
             edgecolors="white",
             linewidths=0.4,
         )
-        axis.set_title(method)
+        axis.set_title(f"{method}: probability of red" if not index else method)
         axis.set_xticks([])
         axis.set_yticks([])
     for index, (name, title) in enumerate(
