@@ -18,7 +18,7 @@ a call that is cut off resumes, and rows and pictures are in `experiments/result
 are in `run/experiments/`.
 
 `--data FOLDER` is a folder of real sets: ARFF and CSV files (the class last) for the tabular ones, `cifar-10-batches-py`, `cifar-100-python`,
-`svhn` (its two `.mat` files), `tiny-imagenet-200` and ImageNet (`train/CLASS`, `val/CLASS`; torchvision reads it) for images, Google's commands as they are unpacked (or their
+`svhn` (its two `.mat` files), `tiny-imagenet-200` and ImageNet (`train/CLASS`, `val/CLASS`) for images (the extra `real_images` brings what reads them), Google's commands as they are unpacked (or their
 spectrograms x and classes y in `commands-train.npz` and `commands-test.npz`) for speech, and folders of TUDatasets for graphs.
 `--full` takes the papers' networks and epochs, on the same code: PreActResNet-18 to 101 and WRN-28-10, ResNet-50, ViT-B/16 and timm's CoAtNet-0 on ImageNet,
 LeNet and VGG of the papers' widths, a GIN of 64. `--device cuda` trains on a GPU, with data, models and random numbers there; `--only TEXT` runs the cells that have
