@@ -61,6 +61,7 @@ def cases() -> list[Case]:
         *(Case("mix", "random", "float64", shape) for shape in short[:1]),
         *(Case("mix", kind, "uint8", pictures) for kind in ("random", "flip", "channels_last", "to_channels_last")),
         *(Case("mix", kind, dtype, pictures) for kind in ("cut", "cut_flip") for dtype in (*both, "uint8")),
+        Case("mix", "cut", "bfloat16", short[-1]),
         *(Case("mixed_target", kind, "float32", (256,)) for kind in ("random", "flip")),
         *(Case("mix_backward", "random", dtype, pictures) for dtype in both),
         *(Case("mix_backward", "random", "bfloat16", shape) for shape in short),

@@ -54,7 +54,8 @@ def wide_accesses(case, kernel):
     size = dtype.itemsize
     if case.operator in ("mix", "mix_backward"):
         out_size = 2 if dtype == torch.uint8 else size
-        family = "sum" if case.operator == "mix_backward" else "mix_narrow" if size <= 2 else "mix"
+        narrow = "mix_placed" if "cut" in case.kind else "mix_narrow"
+        family = "sum" if case.operator == "mix_backward" else narrow if size <= 2 else "mix"
         streams = {"mix_rows": (2, 1), "mix_pairs": (2, 2), "gather_rows": (1, 1), "dot_rows": (2, 0)}.get(kernel)
         if streams is None or case.kind == "to_channels_last":  # which gathers bytes
             return 0, 0

@@ -198,9 +198,12 @@ def test_every_entry_of_the_launch_table(family, dtype, length, monkeypatch):
     used = []
     tile_for = launch.tile_for
     monkeypatch.setattr(launch, "tile_for", lambda *args: used.append((args, tile_for(*args))) or used[-1][1])
-    table, dtype = launch.TABLE[family][dtype], torch.bfloat16 if family == "mix_narrow" else dtype
+    table, dtype = launch.TABLE[family][dtype], torch.bfloat16 if family in ("mix_narrow", "mix_placed") else dtype
     x, index = torch.randn(3, length, dtype=dtype), torch.tensor([1, 2, 0])
-    if family.startswith("mix"):
+    if family == "mix_placed":
+        box = torch.tensor([0, 1, length // 3, length])
+        check("mix", x.view(3, 1, 1, length), index, torch.tensor(0.3), *[None] * 5, box)
+    elif family.startswith("mix"):
         check("mix", x, index, torch.tensor(0.3, dtype=launch.accumulate_dtype(dtype)))
     elif family == "sum":
         check("row_dot", x, x, index, index)

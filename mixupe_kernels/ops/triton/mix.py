@@ -78,26 +78,31 @@ def places(
 ):  # fmt: skip
     """(where to write, where to read, channel, pixel of that, valid) of a tile's elements within a sample, in the order of the output.
 
+    Where is a number of the program and one of each element, added to a pointer in that order: what an element adds is
+    then part of the instruction that loads it, and no load waits for an address.
+
     A tile is of one plane, program_id(2), of ``plane`` elements: a channel, or one of PER_CHANNEL images of it; PER_CHANNEL is 0
     where the sample is one plane, whose elements' channels are worked out one by one.
     """
-    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    step = tl.program_id(2) * plane + local
+    element = tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * BLOCK
+    start = tl.program_id(2) * plane + begin
+    step = start + element
     if PER_CHANNEL:
         channel = tl.program_id(2) // PER_CHANNEL
-        pixel = (tl.program_id(2) % PER_CHANNEL) * plane + local
+        pixel = (tl.program_id(2) % PER_CHANNEL) * plane + begin + element
     elif OUT_LAST:
         channel, pixel = step % CHANNELS, step // CHANNELS
     else:
         channel = divide(step, by_channel)
         pixel = step - channel * channel_size
     if X_LAST == OUT_LAST:
-        source = step
+        source_start, source = start, element
     elif X_LAST:
-        source = pixel * CHANNELS + channel
+        source_start, source = start * 0, pixel * CHANNELS + channel
     else:
-        source = channel * channel_size + pixel
-    return step, source, channel, pixel, local < plane
+        source_start, source = start * 0, channel * channel_size + pixel
+    return start, element, source_start, source, channel, pixel, element < plane - begin
 
 
 @triton.jit
@@ -146,17 +151,19 @@ def mix_rows(
     other_row = batch - 1 - own_row if partner is None else tl.load(partner + i)
     readable = (own_row >= 0) & (own_row < batch) & (other_row >= 0) & (other_row < batch)
     weight = weight_of(lam, i, LAM_STRIDE, readable, ACC)
-    step, source, channel, pixel, mask = places(
+    start, element, source_start, source, channel, pixel, mask = places(
         plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, X_LAST, OUT_LAST, BLOCK
     )
     # None stays out of inside_box: Triton 3.6 compiles no function that returns it.
-    cut = None if box is None else inside_box(box, pixel if OUT_LAST else step, area, width, by_area, by_width)
+    cut = (
+        None if box is None else inside_box(box, pixel if OUT_LAST else start + element, area, width, by_area, by_width)
+    )
     # Read or not for a whole tile: masks that change from element to element would make loads narrow.
     own_read, other_read = readable & (weight != 0), readable & is_read(1 - weight, cut)
-    own = load_samples(x, own_row * x_stride + source, mask & own_read, ACC)
-    other = load_samples(x, other_row * x_stride + source, mask & other_read, ACC)
+    own = load_samples(x + (own_row * x_stride + source_start), source, mask & own_read, ACC)
+    other = load_samples(x + (other_row * x_stride + source_start), source, mask & other_read, ACC)
     mixed = affine(blend(own, other, weight, cut, box is not None), scale, shift, channel, mask, PER_CHANNEL)
-    tl.store(out + (i.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -174,16 +181,20 @@ def mix_pairs(
     inside = i < batch
     first_weight = weight_of(lam, i, LAM_STRIDE, inside, ACC)
     second_weight = weight_of(lam, j, LAM_STRIDE, inside, ACC)
-    step, _, channel, pixel, mask = places(plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, LAST, LAST, BLOCK)
-    cut = None if box is None else inside_box(box, pixel if LAST else step, area, width, by_area, by_width)
+    start, element, _, _, channel, pixel, mask = places(
+        plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, LAST, LAST, BLOCK
+    )
+    cut = None if box is None else inside_box(box, pixel if LAST else start + element, area, width, by_area, by_width)
     first_read = inside & ((first_weight != 0) | is_read(1 - second_weight, cut))
     second_read = inside & ((second_weight != 0) | is_read(1 - first_weight, cut))
-    first = load_samples(x, i.to(tl.int64) * x_stride + step, mask & first_read, ACC)
-    second = load_samples(x, j.to(tl.int64) * x_stride + step, mask & second_read, ACC)
+    first = load_samples(x + (i.to(tl.int64) * x_stride + start), element, mask & first_read, ACC)
+    second = load_samples(x + (j.to(tl.int64) * x_stride + start), element, mask & second_read, ACC)
     mixed = affine(blend(first, second, first_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
-    tl.store(out + (i.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
     mixed = affine(blend(second, first, second_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
-    tl.store(out + (j.to(tl.int64) * out_stride + step), mixed.to(out.dtype.element_ty), mask=mask & (j != i))
+    tl.store(
+        out + (j.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask & (j != i)
+    )
 
 
 def is_channels_last(memory_format: torch.memory_format) -> bool:
@@ -252,7 +263,8 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
             )  # fmt: skip
 
     in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    launch_tiled("mix_narrow" if x.element_size() <= 2 else "mix", x, plane, run, repeatable=not in_place)
+    narrow = "mix_narrow" if box is None and x_last == out_last else "mix_placed"
+    launch_tiled(narrow if x.element_size() <= 2 else "mix", x, plane, run, repeatable=not in_place)
 
 
 def mix(
