@@ -49,6 +49,7 @@ def cases() -> list[Case]:
     both = ("float32", "bfloat16")
     return [
         *(Case("mixupe_loss", kind, dtype, shape) for kind in ("mixed", "dense") for dtype in both for shape in rows),
+        *(Case("mixupe_loss", "mixed", dtype, (256, 1000)) for dtype in both),
         *(Case("mixupe_loss", "smoothed", "bfloat16", shape) for shape in rows),
         *(Case("mixupe_loss", "sigmoid", "float32", shape) for shape in rows),
         *(Case("mixupe_loss", kind, "float64", shape) for kind in ("mixed", "dense", "sigmoid") for shape in double),

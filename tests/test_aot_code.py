@@ -61,7 +61,7 @@ def test_shares_are_the_least_of_slots_mufu_and_latency():
 def test_each_bar_can_fail():
     case, images = "mixupe_loss-mixed-bfloat16-4096x1000", "mix-random-{}-256x3x224x224"
     good = Kernel("sm_90", case, "row_stats", 128, 1, 40, 0, 0, 4, 0)
-    good = dataclasses.replace(good, instructions=9.0, barriers=0, in_flight=4)
+    good = dataclasses.replace(good, instructions=9.0, barriers=0, in_flight=4, all_instructions=11.5)
     kernels = [
         *(
             dataclasses.replace(good, kernel=name)
@@ -72,6 +72,9 @@ def test_each_bar_can_fail():
     ]
     judged = verdicts(kernels)
     assert all(met for *_, met in judged) and {bar for bar, *_ in judged} == set(BARS)
-    bad = [dataclasses.replace(k, instructions=30.0, barriers=1, in_flight=3, spilled=8) for k in kernels]
+    bad = [
+        dataclasses.replace(k, instructions=30.0, barriers=1, in_flight=3, all_instructions=40.0, spilled=8)
+        for k in kernels
+    ]
     assert not any(met for *_, met in verdicts(bad))
     assert all(bar.field == "spilled" for bar, *_ in verdicts([dataclasses.replace(k, target="sm_80") for k in bad]))

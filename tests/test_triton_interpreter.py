@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
-from tests.cases import TARGETS, check, make_logits, make_target
+from tests.cases import TARGETS, check, make_logits, make_target, thorough
+from tests.ops.test_mixupe_loss import check_mixupe_loss
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
@@ -67,6 +68,23 @@ def test_long_rows_split_and_looped(kind, dtype, launches, monkeypatch):
     monkeypatch.setattr(launch, "PROGRAMS", 1)
     check_entropy(logits, target)
     assert launches.count("merge_stats") == 1
+
+
+SHARED = [("mixed", 100), ("index", 1001), *thorough(*((kind, n) for kind in TARGETS for n in (101, 1000, 2500)))]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_rows_that_share_a_warp(case, monkeypatch):
+    """What batches of ``MANY`` rows get; the operators' suite has smaller ones, a warp or more for each row."""
+    monkeypatch.setattr(launch, "MANY", 1)
+    kind, columns = case
+    shape = (18, columns)
+    logits, target = make_logits(shape, torch.bfloat16), make_target(kind, shape, torch.bfloat16)
+    logits[1, 7:], logits[2, :-1] = -torch.inf, -torch.inf
+    check_entropy(logits, target, smoothing=0.1 if columns % 2 else 0.0)
+    # Columns of a batch that begin at an odd address, and a stride of their own.
+    logits = make_logits((18, columns + 1), torch.bfloat16)[:, 1:]
+    check_mixupe_loss(logits, target, (16, 12), smoothing=0.1 if columns % 2 else 0.0, gamma=0.25)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -230,7 +248,8 @@ def test_autotuning_of_rows_tries_stages_where_they_loop(monkeypatch, length, ti
     timed = []
     monkeypatch.setattr(triton.testing, "do_bench", lambda run: timed.append(run()) or len(timed))
     ops.ce_entropy(torch.randn(3, length), torch.tensor([0, 1, 2]))
-    assert len(timed) == tiles and list(launch._tuned.values()) == [launch.tile_for("row_stats", torch.float32, length)]
+    tile = launch.spread(launch.tile_for("row_stats", torch.float32, length), 3, length)
+    assert len(timed) == tiles and list(launch._tuned.values()) == [tile]
 
 
 def test_autotuning_takes_the_fastest_neighbour(monkeypatch, capsys):

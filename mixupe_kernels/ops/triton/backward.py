@@ -99,6 +99,8 @@ def row_gradient(
     EXACT_TO: tl.constexpr = (
         LSE_IS_EXACT_TO_16_BITS if out.dtype.element_ty.primitive_bitwidth == 16 else LSE_IS_EXACT_TO
     )
+    # Packs at a time where lse lost digits: seldom in 16 bits, often in float32, where the code must stay short but not slow.
+    AGAIN: tl.constexpr = 1 if out.dtype.element_ty.primitive_bitwidth == 16 else max(PACKS // 2, 1)
     PEEL: tl.constexpr = VEC > 1 and (C % VEC != 0 or STRIDE % VEC != 0)
     BLOCK: tl.constexpr = PACKS * LANES * VEC
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -118,11 +120,11 @@ def row_gradient(
     kept = terms[1] + terms[4]
     if SUM_TARGETS:
         masses = tl.zeros((ROWS, LANES), ACC)
+        step = steps(PACKS, LANES, VEC)
         for start in tl.range(0, C, BLOCK, num_stages=num_stages):
-            step = steps(start, PACKS, LANES, VEC)
-            valid = of_rows(inside) & (step < of_rows(body))
-            place = of_rows(offset * VEC + target_shift) + step
-            masses += sum_of_lanes(dense_tile(target, smoothing, place, of_rows(head) + step, valid, C, ACC))
+            valid = of_rows(inside) & (step < of_rows(body - start))
+            place, column = of_rows(offset * VEC + target_shift + start) + step, of_rows(head + start) + step
+            masses += sum_of_lanes(dense_tile(target, smoothing, place, column, valid, C, ACC))
         if PEEL:
             edge_y_place = edge_place + of_rows(target_shift)
             masses += sum_of_lanes(dense_tile(target, smoothing, edge_y_place, edge, edge_valid, C, ACC))
@@ -157,15 +159,19 @@ def row_gradient(
         # lse is rounded, under a large shift of all logits by more than p may be: Σ e^(z - lse) is what 1 became.
         if tl.max(tl.where(lse == lse, tl.abs(lse), 0.0), 0) > EXACT_TO:
             totals = tl.zeros((ROWS, LANES), ACC)
-            for start in tl.range(0, C, BLOCK, num_stages=1):
-                z = load_tile(logits, offset, body, inside, start, PACKS, LANES, VEC, ACC, not HAS_DENSE)
+            at, left = logits + offset * VEC, tl.where(inside, body // VEC, 0)
+            for _ in tl.range(0, C, AGAIN * LANES * VEC, num_stages=1):
+                z = load_tile(at, left, AGAIN, LANES, VEC, ACC, not HAS_DENSE)
                 totals += sum_of_lanes(tl.exp2(exponent(z - of_rows(lse))))
+                at += AGAIN * LANES * VEC
+                left -= AGAIN * LANES
             if PEEL:
                 edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
                 totals += sum_of_lanes(tl.exp2(exponent(edge_z - of_rows(lse))))
             total = tl.where(inside, tl.sum(totals, 1), 1.0)
-            level = (level + g_entropy * tl.log(total)) / total
-            g_entropy /= total
+            scale = 1 / total
+            level = (level + g_entropy * tl.log(total)) * scale
+            g_entropy *= scale
         slope = g_entropy * LOG_2
 
     own_z, other_z = lse, lse
@@ -185,18 +191,22 @@ def row_gradient(
                 target, smoothing, terms, edge_place + of_rows(target_shift), edge, edge_valid, C, ACC
             )
         tl.store(out + (edge_place + of_rows(out_shift)), edge_dz.to(out.dtype.element_ty), mask=edge_valid)
+    step = steps(PACKS, LANES, VEC)
+    # As in row_stats.
+    at, left = logits + (offset * VEC + first), tl.where(inside, (body - first) // VEC, 0)
+    to = out + (offset * VEC + out_shift + first)
     for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
-        step = steps(first + start, PACKS, LANES, VEC)
-        valid = of_rows(inside) & (step < of_rows(body))
-        place = of_rows(offset * VEC) + step
-        z = load_tile(logits, offset, body, inside, first + start, PACKS, LANES, VEC, ACC, not HAS_DENSE)
+        z = load_tile(at, left, PACKS, LANES, VEC, ACC, not HAS_DENSE)
         dz = gradient_of(z, of_tile[0], of_tile[1], of_tile[2], of_tile[3], SIGMOID)
+        valid = step < of_rows(left * VEC)
         if HAS_DENSE:
-            column = of_rows(head) + step
-            dz -= of_tile[0] * spread_tile(
-                target, smoothing, terms, place + of_rows(target_shift), column, valid, C, ACC
-            )
-        tl.store(out + (place + of_rows(out_shift)), dz.to(out.dtype.element_ty), mask=valid)
+            column = of_rows(head + (first + start)) + step
+            place = of_rows(offset * VEC + target_shift + (first + start)) + step
+            dz -= of_tile[0] * spread_tile(target, smoothing, terms, place, column, valid, C, ACC)
+        tl.store(of_rows(to) + step, dz.to(out.dtype.element_ty), mask=valid)
+        at += BLOCK
+        left -= BLOCK // VEC
+        to += BLOCK
 
     if not DENSE:
         tl.debug_barrier()  # after other threads wrote there

@@ -64,7 +64,7 @@ def finish_rows(
         total = tl.where(total == 0, float("nan"), total)
         log_sum = tl.log(total)
         anchor = anchor_of(top)
-        entropy, lse = log_sum - quotient(weighted * LOG_2, total), top + log_sum
+        entropy, lse = log_sum - weighted * LOG_2 / total, top + log_sum
     if DENSE:
         kept = (row * 0 + 1).to(ACC)
         ce = linear if SIGMOID else mass * zero_where(mass == 0, log_sum) - linear
@@ -120,10 +120,11 @@ def row_stats(
     HAS_DENSE: tl.constexpr = DENSE or smoothing is not None
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     PEEL: tl.constexpr = VEC > 1 and (C % VEC != 0 or STRIDE % VEC != 0)
+    BLOCK: tl.constexpr = PACKS * LANES * VEC
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < n
     offset, head, body = aligned_part(row, C, STRIDE, VEC, PEEL)
-    target_shift = of_rows(row.to(tl.int64) * (TARGET_STRIDE - STRIDE))
+    target_shift = row.to(tl.int64) * (TARGET_STRIDE - STRIDE)
     first = tl.program_id(1) * SPAN
     terms = None
     if SIGMOID and not DENSE:
@@ -141,19 +142,21 @@ def row_stats(
         edge_z = tl.load(logits + edge_place, mask=edge_valid, other=float("-inf")).to(ACC)
         edge_y = edge_z
         if SIGMOID:
-            edge_y = target_tile(target, smoothing, terms, edge_place + target_shift, edge, edge_valid, C, ACC)
+            edge_y = target_tile(target, smoothing, terms, edge_place + of_rows(target_shift), edge, edge_valid, C, ACC)
         elif HAS_DENSE:
-            edge_y = dense_tile(target, smoothing, edge_place + target_shift, edge, edge_valid, C, ACC)
+            edge_y = dense_tile(target, smoothing, edge_place + of_rows(target_shift), edge, edge_valid, C, ACC)
         top, total, weighted, linear, mass = fold(
             top, total, weighted, linear, mass, edge_z, edge_y, HAS_DENSE, SIGMOID
         )
-    for start in tl.range(0, SPAN, PACKS * LANES * VEC, num_stages=num_stages):
-        z = load_tile(logits, offset, body, inside, first + start, PACKS, LANES, VEC, ACC, not (HAS_DENSE or SIGMOID))
+    # Pointers that move, not a column that is added to them: that would be of 64 bits, and so would each mask.
+    at, left = logits + (offset * VEC + first), tl.where(inside, (body - first) // VEC, 0)
+    for start in tl.range(0, SPAN, BLOCK, num_stages=num_stages):
+        z = load_tile(at, left, PACKS, LANES, VEC, ACC, not (HAS_DENSE or SIGMOID))
         y = z
         if HAS_DENSE or SIGMOID:
-            step = steps(first + start, PACKS, LANES, VEC)
-            valid, column = of_rows(inside) & (step < of_rows(body)), of_rows(head) + step
-            place = of_rows(offset * VEC) + step + target_shift
+            step = steps(PACKS, LANES, VEC)
+            valid, column = step < of_rows(left * VEC), of_rows(head + (first + start)) + step
+            place = of_rows(offset * VEC + target_shift + (first + start)) + step
             if SIGMOID:
                 y = target_tile(target, smoothing, terms, place, column, valid, C, ACC)
             else:
@@ -161,6 +164,8 @@ def row_stats(
             if not DENSE:
                 y = tl.where(z > float("inf"), z, y)  # nowhere: but constants beside a tile lie in its threads then
         top, total, weighted, linear, mass = fold(top, total, weighted, linear, mass, z, y, HAS_DENSE, SIGMOID)
+        at += BLOCK
+        left -= BLOCK // VEC
 
     top, total, weighted, linear, mass = join(top, total, weighted, linear, mass, HAS_DENSE, SIGMOID)
     if states is None:

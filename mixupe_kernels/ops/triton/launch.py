@@ -40,17 +40,16 @@ ANY = 1 << 62
 #
 # A thread has 32 values of a row, four 16-byte loads of bfloat16 on their way before the first is used. That is enough: at an
 # assumed latency of 0.8 µs, 4.3 TB/s ask for 26 KB of a multiprocessor at all times, and its 1280 threads have 80 KB. One stage
-# everywhere: with two, the next tile would be copied to shared memory meanwhile, and a barrier stand in the loop. No GPU has
-# timed any of this; the counts are those of `python -m bench aot`.
+# everywhere: with two, the next tile would be copied to shared memory meanwhile, and a barrier stand in the loop. Rows of 257 to
+# 4096 have eight lanes each, four rows a warp: joining the lanes and finishing the rows takes a warp as long as 27 values
+# of each lane, once for the four. No GPU has timed any of this; the counts are those of `python -m bench aot`.
 TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
     "row_stats": {
         torch.float32: {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
-            256: Tile(8, 256, 8, 1),
-            1024: Tile(4, 1024, 4, 1),
-            2048: Tile(2, 2048, 4, 1),
-            4096: Tile(1, 4096, 4, 1),
+            256: Tile(32, 128, 4, 1),
+            4096: Tile(16, 256, 4, 1),
             ANY: Tile(1, 8192, 8, 1),
         },
         torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
@@ -70,13 +69,11 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
         torch.float32: {
             16: Tile(64, 16, 4, 1),
             64: Tile(32, 64, 4, 1),
-            256: Tile(8, 256, 4, 1),
-            1024: Tile(4, 1024, 4, 1),
-            2048: Tile(2, 2048, 4, 1),
-            4096: Tile(1, 4096, 4, 1),
+            256: Tile(32, 128, 4, 1),
+            4096: Tile(16, 256, 4, 1),
             ANY: Tile(1, 8192, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 8, 1), ANY: Tile(1, 2048, 8, 1)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 2, 1), ANY: Tile(1, 2048, 8, 1)},
     },
     # The same where a program first sums its rows' targets: two streams and an edge to keep at hand.
     "row_gradient_summed": {
@@ -85,9 +82,9 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 4, 1),
             1024: Tile(2, 1024, 4, 1),
-            ANY: Tile(1, 4096, 8, 1),
+            ANY: Tile(1, 2048, 4, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 2, 1), ANY: Tile(1, 1024, 4, 1)},
     },
     "mix": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
@@ -109,6 +106,10 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
 # Rows are split over programs where there are fewer rows than this: a device runs some 500 to 1000 programs of eight
 # warps at once. A constant, not the device's own count, so that every device sums in the same order.
 PROGRAMS = 512
+
+# Tiles of SHARED_FROM rows or more are for MANY rows or more: 128 programs, about one for each multiprocessor.
+SHARED_FROM, MANY = 16, 2048
+HELD = 32  # values of a tile that a thread holds
 
 # The families whose programs loop over tiles, and the stages to try for them: at 4, three streams of float32 would
 # need 144 KiB of shared memory, and sm_86, sm_89 and sm_120 have 99.
@@ -149,6 +150,18 @@ def tile_for(family: str, dtype: torch.dtype, length: int) -> Tile:
     return table[min(longest for longest in table if length <= longest)]
 
 
+def spread(tile: Tile, rows: int, length: int) -> Tile:
+    """The tile for so many rows: where they are few, fewer a program, so that more multiprocessors have one.
+
+    A warp with four rows finishes them in a quarter of the instructions, but reads them one tile after another.
+    """
+    if tile.rows < SHARED_FROM or tile.block < LANES_FROM or rows >= MANY:
+        return tile
+    whole = triton.next_power_of_2(length)
+    few = max(min(tile.rows // 4, tile.warps * 32 * HELD // whole), 1)
+    return tile._replace(rows=few, block=min(tile.warps * 32 * HELD // few, whole))
+
+
 def neighbours(tile: Tile, looped: bool) -> Iterator[Tile]:
     """The tile itself, half and twice its warps and its rows (its block, where a program has one row), then its other
     stages where it is ``looped``."""
@@ -165,20 +178,26 @@ def neighbours(tile: Tile, looped: bool) -> Iterator[Tile]:
         yield from (tile._replace(stages=stages) for stages in STAGES if stages != tile.stages)
 
 
+LANES_FROM = 128  # tiles of so many columns have a lane for each thread
 PEEL_FROM = 512  # shorter rows have too few columns for separate edges to pay
+SECTOR = 32  # bytes that lanes beside one another read at once, or more is read than is used
 
 
 def tile_shape(tile: Tile, logits: Tensor) -> dict[str, int]:
     """A tile of rows as the kernels of logits have it: PACKS × ROWS × LANES × VEC.
 
-    VEC columns are 16 bytes, or one where short rows do not begin at multiples of that. Long tiles have a lane for each thread.
+    VEC columns are 16 bytes, or in short rows as many as all of them begin at multiples of. One where logits do not begin at
+    a multiple of 4 bytes (z[:, 1:] of bfloat16), at which ``rows.load_tile`` reads pairs of them.
     """
-    columns, vec = logits.shape[1], 16 // logits.element_size()
-    if columns < PEEL_FROM and (columns % vec or logits.stride(0) % vec):
-        vec = 1
+    columns, size = logits.shape[1], logits.element_size()
+    vec = 1 if logits.data_ptr() % 4 else 16 // size
+    aligned = math.gcd(columns, logits.stride(0), vec)
+    if columns < PEEL_FROM:
+        vec = aligned
     lanes = max(tile.block // vec, 1)
-    if tile.block >= PEEL_FROM:
-        lanes = min(lanes, max(tile.warps * 32 // tile.rows, 2 * vec))
+    if tile.block >= LANES_FROM:
+        least = SECTOR // (vec * size) if aligned == vec else 2 * vec  # an edge is a column a lane
+        lanes = min(lanes, max(tile.warps * 32 // tile.rows, least))
     return {"ROWS": tile.rows, "PACKS": tile.block // (lanes * vec), "LANES": lanes, "VEC": vec}
 
 
@@ -189,7 +208,7 @@ def device_of(like: Tensor) -> AbstractContextManager:
 
 def launch_tiled(family: str, like: Tensor, length: int, run: Callable[[Tile], None], repeatable: bool = True) -> None:
     """``run`` the launch with its tile on the device of ``like``; what is not ``repeatable`` (in place) is never tuned."""
-    tile = tile_for(family, like.dtype, length)
+    tile = spread(tile_for(family, like.dtype, length), like.shape[0], length)
     with device_of(like):
         if repeatable and os.environ.get("MIXUPE_AUTOTUNE") == "1":
             key = (family, like.device, like.dtype, tuple(like.shape), length)

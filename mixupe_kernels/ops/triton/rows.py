@@ -103,33 +103,32 @@ def sum_of_lanes(values):
 
 
 @triton.jit
-def steps(first, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """The columns of a tile from the ``first`` of the rows' aligned parts on."""
-    pack = tl.arange(0, PACKS)[:, None, None, None] * LANES + tl.arange(0, LANES)[None, None, :, None]
-    return first + pack * VEC + tl.arange(0, VEC)[None, None, None, :]
+def steps(PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The columns of a tile from its first on."""
+    lane = tl.arange(0, LANES)[None, None, :, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
+    # The packs' constants come last, where the compiler finds them: each is part of a load's instruction then.
+    return lane + tl.arange(0, PACKS)[:, None, None, None] * (LANES * VEC)
 
 
 @triton.jit
 def load_tile(
-    logits, offset, body, inside, first,
-    PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
-    """A tile of logits. bfloat16 are read in pairs, of which either half is a float32 but for its low bits: one instruction a logit.
+    at, left, PACKS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALONE: tl.constexpr
+):
+    """A tile of logits: of each row those that ``at`` (ROWS,) points to, as far as there are packs ``left`` (ROWS,).
 
-    Not so beside tiles of targets, which lie in threads otherwise: they are ``ALONE``, or one of the two crosses shared memory.
+    bfloat16 are read in pairs, of which either half is a float32 but for its low bits: one instruction a logit. Not so
+    beside tiles of targets, which lie in threads otherwise: they are ``ALONE``, or one of the two crosses shared memory.
     """
-    if ALONE and logits.dtype.element_ty == tl.bfloat16 and VEC > 1:
+    if ALONE and at.dtype.element_ty == tl.bfloat16 and VEC > 1:
         HALF: tl.constexpr = VEC // 2
-        pairs = logits.to(tl.pointer_type(tl.int32), bitcast=True)
-        step = steps(first // 2, PACKS, LANES, HALF)
-        valid = of_rows(inside) & (step < of_rows(body // 2))
-        pair = tl.load(pairs + (of_rows(offset * HALF) + step), mask=valid, other=-0x7F0080)  # -∞ twice
+        step = steps(PACKS, LANES, HALF)
+        pairs = of_rows(at.to(tl.pointer_type(tl.int32), bitcast=True)) + step
+        pair = tl.load(pairs, mask=step < of_rows(left * HALF), other=-0x7F0080)  # -∞ twice
         low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -0x10000).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(low, high), (PACKS, valid.shape[1], LANES, VEC))
+        return tl.reshape(tl.join(low, high), (PACKS, left.shape[0], LANES, VEC))
     else:
-        step = steps(first, PACKS, LANES, VEC)
-        valid = of_rows(inside) & (step < of_rows(body))
-        return tl.load(logits + (of_rows(offset * VEC) + step), mask=valid, other=float("-inf")).to(ACC)
+        step = steps(PACKS, LANES, VEC)
+        return tl.load(of_rows(at) + step, mask=step < of_rows(left * VEC), other=float("-inf")).to(ACC)
 
 
 @triton.jit
