@@ -76,6 +76,16 @@ def test_second_derivatives_are_those_of_the_unfused_form(with_bias):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_graph_of_the_gradient_does_not_change_it_where_the_weight_is_shared():
+    hidden, weight, bias, target = problem()
+    weight.requires_grad_()
+    found = []
+    for create_graph in (False, True):
+        loss = mk.linear_mixupe_loss(hidden * weight[:1].tanh(), weight, target, bias=bias, eta=0.4)
+        found.append(torch.autograd.grad(loss, weight, create_graph=create_graph)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_is_handed_out_once(dtype):
     hidden, weight, bias, target = problem(dtype)

@@ -188,11 +188,13 @@ def _twice_differentiable(
     grad: Tensor,
 ) -> list[Tensor | None]:
     """The gradients as functions of hidden, weight and bias, by a loss of all logits at once."""
-    hidden, weight, bias = given
     with torch.enable_grad():
+        hidden, weight = map(ops.alias, given[:2])  # the one may be made of the other, as with tied embeddings
+        bias = None if given[2] is None else ops.alias(given[2])
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         loss, _ = ops.fused_loss(logits, target, arguments)
-        wanted = [part for part, needs in zip(given, needed, strict=True) if needs and part is not None]
+        parts = hidden, weight, bias
+        wanted = [part for part, needs in zip(parts, needed, strict=True) if needs and part is not None]
         found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return [next(found) if needs else None for needs in needed]
 

@@ -11,6 +11,7 @@ from .arguments import (
     RowStats,
     RowTarget,
 )
+from .double_backward import alias
 from .losses import ce_entropy, ce_entropy_backward, fused_loss, is_one, mixupe_loss_backward_out_op
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
 from .normalising import batch_norm_apart
@@ -26,6 +27,7 @@ __all__ = [
     "RowOutputs",
     "RowStats",
     "RowTarget",
+    "alias",
     "batch_norm_apart",
     "call",
     "ce_entropy",

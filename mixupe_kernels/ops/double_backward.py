@@ -14,6 +14,14 @@ from .arguments import RowGradients, RowOptions, RowOutputs, RowStats, RowTarget
 from .reference import columns_of, dense_target, log_softmax, zero_where
 
 
+def alias(value: Tensor) -> Tensor:
+    """The same values under a name of their own: a gradient in it does not go on into what ``value`` was made from.
+
+    ``torch.autograd.grad`` in several tensors would count what one of them takes from another twice, once in its own result.
+    """
+    return value.view_as(value)
+
+
 def target_gradients(dy: Tensor, target: RowTarget, options: RowOptions) -> tuple[Tensor | None, Tensor | None]:
     """Carry the gradient ``dy`` (N, C) of ``reference.dense_target`` back to dense labels, or to λ (N,)."""
     if options.class_weight is not None:

@@ -221,6 +221,7 @@ class _LossBackward(torch.autograd.Function):
         """
         grad, logits, target, stats, options = _loss_backward.pack(*kept(ctx))
         with torch.enable_grad():
+            grad, logits = map(double_backward.alias, (grad, logits))  # the one may be made of the other
             coefficients = reference.loss_coefficients(grad, target, stats, options)
             rows = ce_entropy(logits, target, options.of_rows())
             dz = ce_entropy_backward(coefficients, logits, RowStats(rows.entropy, rows.lse), target, options.of_rows())

@@ -30,6 +30,7 @@ def gradient_cases():
         "bce_entropy": (mk.bce_entropy, doubles(4, 5), doubles(4, 5)),
         "q_hat": (mk.q_hat, doubles(4, 5), doubles(4, 5)),
         "mixupe_loss": (lambda z: mk.mixupe_loss(z, target, eta=0.3, rescale=False), doubles(4, 5)),
+        "mixupe_loss, squared": (lambda z: mk.mixupe_loss(z, target, eta=0.3, rescale=False) ** 2, doubles(4, 5)),
         "mixupe_loss, clean_weight": (
             lambda z: mk.mixupe_loss(z, target, eta=0.3, clean_weight=0.7, rescale=False),
             doubles(4, 5),
