@@ -107,6 +107,18 @@ def test_a_compiled_loss_is_one_operator_with_its_gradient():
     torch.testing.assert_close(compiled_gradient, expected)
 
 
+def test_a_loss_whose_graph_is_run_as_it_is_has_second_derivatives():
+    """Compilers that differentiate ahead refuse them; Dynamo's own trace of a Function's backward loses them."""
+    labels, lam = torch.randint(CLASSES, (8,)), torch.rand(8)
+    target, criterion = mk.MixedTarget(labels, labels.flip(0), lam, 4, 4, 0.3), mk.MixupELoss(0.4)
+    logits, found = torch.randn(8, CLASSES, requires_grad=True), []
+    torch._dynamo.reset()
+    for loss in (criterion, torch.compile(criterion, backend="eager", fullgraph=True)):
+        (gradient,) = torch.autograd.grad(loss(logits, target), logits, create_graph=True)
+        found.append(torch.autograd.grad(loss(logits, target) + gradient.square().sum(), logits)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("form", ["with gradient", "function", "soft", "linear"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_compiled_loss_takes_another_batch_size(form, dynamic):

@@ -190,6 +190,12 @@ def _gradient_of_loss(
     return call(mixupe_loss_backward_op, grad, *rest)
 
 
+def _differentiable_gradient(grad: Tensor, logits: Tensor, target: RowTarget, arguments: LossArguments) -> Tensor:
+    """The same where the forward left no more than the gradient: a second derivative is one of a function of the logits."""
+    _, *stats = below_autograd(mixupe_loss_op, logits, *target, *arguments)
+    return _gradient_of_loss(grad, logits, target, LossStats(*stats), arguments.of_backward())
+
+
 @differentiable(mixupe_loss_op, "logits")
 class _Loss(torch.autograd.Function):
     @staticmethod
@@ -290,10 +296,8 @@ class _LossWithGradient(torch.autograd.Function):
         if gradient is None or torch.is_grad_enabled():
             logits, labels, partner_labels, lam, *_ = ctx.saved_tensors  # none rewritten since, autograd sees to it
             target, arguments = RowTarget(labels, partner_labels, lam), ctx.arguments
-            if torch.is_grad_enabled():  # a second derivative is one of a function of the logits
-                _, *stats = below_autograd(mixupe_loss_op, logits, *target, *arguments)
-                stats = LossStats(*stats)
-                return _gradient_of_loss(grad, logits, target, stats, arguments.of_backward()), None, None, None
+            if torch.is_grad_enabled():
+                return _differentiable_gradient(grad, logits, target, arguments), None, None, None
             _, _, gradient = mixupe_loss_with_gradient_op(logits, *target, *arguments)  # the bits of the first
         return gradient if is_one(grad) else gradient * grad, None, None, None
 
@@ -317,16 +321,27 @@ class _CompiledLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, partner_labels, lam, *arguments):
-        loss, parts, gradient = mixupe_loss_with_gradient_op(logits, labels, partner_labels, lam, *arguments)
-        ctx.save_for_backward(gradient)
+    def forward(ctx, *flat):
+        loss, parts, gradient = mixupe_loss_with_gradient_op(*flat)
+        logits, target, arguments = _loss.pack(*flat)
+        ctx.save_for_backward(logits, *target, arguments.eta, arguments.reg_weight, gradient)
+        ctx.arguments = arguments
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
     @staticmethod
     def backward(ctx, grad, _):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, *[None] * (len(_loss.Flat._fields) - 1)
+        logits, labels, partner_labels, lam, _, _, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # compilers that differentiate ahead have it off, and keep the gradient alone
+            gradient = _differentiable_gradient(grad, logits, RowTarget(labels, partner_labels, lam), ctx.arguments)
+        else:
+            gradient = gradient * grad
+        return _loss.gradients(logits=gradient)
+
+
+@torch.compiler.allow_in_graph  # traced by Dynamo, its backward would have gradients off, and lose second derivatives without a word
+def _compiled_loss(*flat):
+    return _CompiledLoss.apply(*flat)
 
 
 _apply, _apply_inplace, _apply_with_gradient = map(apply_untransformed, (_FusedLoss, _InplaceLoss, _LossWithGradient))
@@ -346,7 +361,7 @@ def fused_loss(
     if torch.compiler.is_compiling():
         differentiated = logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if differentiated and logits.device.type == "cpu" and logits.dtype is not torch.float16:
-            return _CompiledLoss.apply(logits, *target, *arguments)
+            return _compiled_loss(logits, *target, *arguments)
         return mixupe_loss_op(logits, *target, *arguments)[:2]
     if not logits.requires_grad or not torch.is_grad_enabled():
         return below_autograd(mixupe_loss_op, logits, *target, *arguments)[:2]
