@@ -134,6 +134,8 @@ void bind_bfloat16(py::module_ module) {
 PYBIND11_MODULE(_build, module) {
   module.doc() = "row.h for tests.";
   module.attr("penalty_count") = mixupe::penalty_count;
+  module.attr("lse_is_exact_to") =
+      std::make_pair(mixupe::lse_is_exact_to<float>, mixupe::lse_is_exact_to<mixupe::BFloat16>);
   mixupe::bind<float>(module.def_submodule("float32"));
   mixupe::bind<double>(module.def_submodule("float64"));
   mixupe::bind_bfloat16(module.def_submodule("bfloat16"));

@@ -177,10 +177,17 @@ struct SoftmaxGradient {
   T shift, level, slope, ce;
 };
 
-// Rounded, lse is off by two units of p's last place at this size, and by more beyond it.
-template <typename T>
+// lse up to here, rounded, is exact enough for a gradient of logits of this type: p is off by half an ulp of lse. Up to 8 that is
+// 2^-22 of p, which keeps within 4 times PyTorch's error and 4 ulps; up to 16, 2^-21 did not. 16-bit logits and their gradient are
+// rounded to 2^-9 or 2^-12 of themselves: up to 1024, 2^-15 of p is less than PyTorch's error there. float64 is as float32, in its
+// own ulps. The same numbers are LSE_IS_EXACT_TO and LSE_IS_EXACT_TO_16_BITS of ops/triton/backward.py.
+template <typename L>
+constexpr double lse_is_exact_to = sizeof(L) == 2 ? 1024 : 8;
+
+// Whether a row's sums have to be made again for its gradient. NaN is no reason to.
+template <typename L, typename T>
 MIXUPE_FN bool lse_lost_digits(T lse) {
-  return std::fabs(lse) > T(8);
+  return std::fabs(lse) > T(lse_is_exact_to<L>);
 }
 
 // The gradient from a row's sums, which no shift of all logits rounds: p = e^{z-m} / sum, log p = (z - m) - log sum.

@@ -159,6 +159,13 @@ def test_mix_is_the_formula(own, other, lam):
     assert row.float64.mix(own, other, lam) == pytest.approx(lam * own + (1 - lam) * other, rel=1e-12, abs=1e-9)
 
 
+def test_triton_takes_lse_as_exact_up_to_where_this_does():
+    pytest.importorskip("triton")
+    from mixupe_kernels.ops.triton import backward
+
+    assert row.lse_is_exact_to == (backward.LSE_IS_EXACT_TO.value, backward.LSE_IS_EXACT_TO_16_BITS.value)
+
+
 def bfloat16_bits(values):
     """Upper halves of float32: the values rounded down to bfloat16."""
     return (np.asarray(values, dtype=np.float32).view(np.uint32) >> 16).tolist()

@@ -351,7 +351,7 @@ void backward_rows(const Backward<L>& job, Accumulate<L> class_weight_sum, int64
     SoftmaxGradient<T> of_row{lse, level, g.entropy, g.ce};
     const L* z = job.logits + row * job.stride;
     L* out = job.out + row * job.out_stride;
-    if (!job.sigmoid && lse_lost_digits(lse)) {
+    if (!job.sigmoid && lse_lost_digits<L>(lse)) {
       const Stats<double> stats = row_sums(z, t.classes, block.z);
       of_row = gradient_of_sums(stats, log_sum(stats), level, g);
     }

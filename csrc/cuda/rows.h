@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_ro
   const L* z = job.logits + row * job.stride;
   L* out = job.out + row * job.out_stride;
   SoftmaxGradient<T> of_row{lse, row_upstream.level, g.entropy, g.ce};
-  if (!sigmoid && lse_lost_digits(lse)) {  // before anything is written: `out` may be the logits
+  if (!sigmoid && lse_lost_digits<L>(lse)) {  // before anything is written: `out` may be the logits
     const Stats<T> stats = row_sums<Team>(z, span_of<L, pack>(z, t.classes));
     of_row = gradient_of_sums(stats, log_sum(stats), row_upstream.level, g);
   }

@@ -111,6 +111,26 @@ def test_gradients_of_logits_that_share_a_shift(backend, kind, classes, shift):
     assert_accurate(dz, torchs(logits.double()), torchs(logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lead", [-3.0, 3.0, 7.0, 11.0], ids="lead {}".format)
+def test_gradients_up_to_where_lse_is_exact(backend, dtype, lead):
+    """p is off by half an ulp of lse, which the backward takes as it is up to 8, or 1024 in 16 bits (csrc/row.h): the more a
+    label leads its row, the smaller the gradient beside that."""
+    largest = 8 if dtype is torch.float32 else 1024
+    logits, labels = torch.randn(128, 64), torch.zeros(128, dtype=torch.int64)
+    logits[:, 0] += lead
+    logits += largest * (1 - torch.rand(128, 1) / 2) - logits.logsumexp(1, keepdim=True)
+    logits = logits.to(dtype)
+
+    def torchs(z):
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(z, labels, reduction="sum"), z)[0]
+
+    _, entropy, lse = ops.ce_entropy(logits, labels)
+    dz = ops.ce_entropy_backward(torch.ones(128), None, None, logits, entropy, lse, labels)
+    assert_accurate(dz, torchs(logits.double()), torchs(logits))
+
+
 @pytest.mark.parametrize("kind", ["index", "mixed", "dense"])
 def test_gradients_of_a_loss_whose_logits_share_a_shift(backend, kind):
     logits, target = torch.randn(6, 40) + 1e4, make_target(kind, (6, 40), torch.float32)

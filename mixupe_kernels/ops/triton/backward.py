@@ -45,8 +45,7 @@ from .rows import (
     zero_where,
 )
 
-# Half an ulp of an lse up to here is at most 2^-22 of p (float32, as lse_lost_digits in csrc/row.h), or 2^-15 of a p that is
-# rounded to 2^-9 or 2^-12 of itself.
+# lse up to here, rounded, is exact enough: lse_is_exact_to in csrc/row.h says why. 16 bits are the dtype of logits and gradient.
 LSE_IS_EXACT_TO, LSE_IS_EXACT_TO_16_BITS = tl.constexpr(8.0), tl.constexpr(1024.0)
 
 
