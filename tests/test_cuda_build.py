@@ -78,6 +78,14 @@ def test_rows_are_read_16_bytes_at_a_time(build):
         assert re.search(r"ld\.global\.v(4\.\w32|2\.\w64)", kernel), name
 
 
+def test_every_kernel_waits_before_it_looks_at_memory(build):
+    """For the kernels before it, where it may be launched early: sm_90 and later."""
+    source, _, ptx = build
+    for kernel in re.split(r"\.entry ", ptx)[1:]:
+        first = re.search(r"griddepcontrol\.wait|\b(ld|st)\.global|\b(ld|st)\.(?!param)", kernel)
+        assert first and first[0] == "griddepcontrol.wait", (source, kernel.split("(", 1)[0])
+
+
 # A leg of the matrix that builds by a CUDA build of torch must have it.
 @pytest.mark.skipif(
     not LIBRARY.exists() and os.environ.get("MIXUPE_CUDA_BUILT") != "1",

@@ -43,6 +43,36 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(emulated, monkeypatch, n
             assert torch.equal(one, other.nan_to_num(nan=1e30)), (order, index)
 
 
+EARLY = """
+import ctypes, pickle, sys
+import torch
+import mixupe_kernels as mk
+from mixupe_kernels.ops import backends
+from tests.emulated_calls import CALLS, results
+
+with mk.use_backend("cuda_emulated"):
+    found = [part for name in CALLS for part in results(name)]
+count = ctypes.CDLL(str(backends._PACKAGE / "_cuda_emulated.so")).mixupe_emulated_early_launches
+torch.save((count(), found), sys.argv[1])
+"""
+
+
+def test_kernels_launched_early_wait_and_give_the_same(emulated, tmp_path):
+    """In a process of its own: the environment is read at the first launch. A thread that does not wait is an error."""
+    counts = []
+    for asked in ("1", "0"):
+        environment = {**os.environ, "MIXUPE_DEPENDENT_LAUNCH": asked, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", EARLY, tmp_path / "found.pt"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        count, found = torch.load(tmp_path / "found.pt")
+        counts.append(count)
+        expected = [part for name in CALLS for part in results(name)]
+        assert len(found) == len(expected)
+        assert all(torch.equal(a.nan_to_num(nan=7), b.nan_to_num(nan=7)) for a, b in zip(found, expected, strict=True))
+    assert counts[0] >= 2 * len(CALLS) and counts[1] == 0
+
+
 def refused():
     ops, z, x, half = torch.ops.mixupe, torch.randn(3, 4), torch.randn(3, 5), torch.full((3,), 0.5)
     rows, far = torch.arange(3), torch.tensor([0, 1, 3])
@@ -110,6 +140,7 @@ __global__ void barrier_without_those_who_are_done(float* out) {
   __syncthreads();
   out[blockIdx.x * 256 + threadIdx.x] = 1;
 }
+__global__ void does_not_wait(float* out) { *out = 1; }
 __global__ void threads_write_one_place(float* out) { *out = float(threadIdx.x); }
 __global__ void blocks_write_one_place(float* out) {
   if (threadIdx.x == 0) *out = float(blockIdx.x);
@@ -121,12 +152,14 @@ int main(int, char** arguments) {
     if (std::strcmp(name, arguments[1])) return;
     cudaLaunchConfig_t config;
     config.gridDim.x = 2, config.blockDim.x = 256;
+    cudaLaunchAttribute early{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    config.attrs = &early, config.numAttrs = !std::strcmp(name, "does_not_wait");
     cudaLaunchKernelEx(&config, kernel, out);
   };
 #define RUN(kernel) run(#kernel, kernel)
   try {
     RUN(reduces_twice), RUN(asserts), RUN(shuffles_without_a_lane), RUN(waits_at_two_places);
-    RUN(blocks_take_turns), RUN(warps_take_turns), RUN(barrier_without_those_who_are_done), RUN(threads_write_one_place), RUN(blocks_write_one_place);
+    RUN(blocks_take_turns), RUN(warps_take_turns), RUN(barrier_without_those_who_are_done), RUN(does_not_wait), RUN(threads_write_one_place), RUN(blocks_write_one_place);
   } catch (const std::exception& error) {
     std::printf("error: %s\n", error.what());
     return 1;
@@ -225,6 +258,7 @@ def test_races_are_reported_between_threads_and_between_blocks(programs):
     [
         ("asserts", 'error: device-side assert: threadIdx.x != 70 && "not this thread"'),
         ("shuffles_without_a_lane", "error: the threads of block 0 wait for ever: 32 at a shuffle, 34 at a shuffle"),
+        ("does_not_wait", "error: a thread of an early launch has not waited for the kernels before it"),
         ("waits_at_two_places", "error: the threads of block 0 wait for ever: 0 at __syncthreads, 1 at __syncthreads"),
     ],
 )

@@ -60,6 +60,7 @@ __device__ __forceinline__ void normalise(const MixSamples<In>& job, int64_t k, 
 
 template <typename In>
 __global__ void __launch_bounds__(most_threads, least_threads / most_threads) mix_rows(const MixJob<In> job) {
+  begin_kernel();
   using T = Accumulate<In>;
   constexpr int pack = pack_of<In>;
   const MixSamples<In>& samples = job.samples;
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(most_threads, least_threads / most_threads) mi
 // it writes either, so that out may be x. Samples of the tiling are pairs.
 template <typename In>
 __global__ void __launch_bounds__(most_threads, least_threads / most_threads) flip_rows(const MixJob<In> job) {
+  begin_kernel();
   using T = Accumulate<In>;
   constexpr int pack = pack_of<In>;
   const MixSamples<In>& samples = job.samples;
@@ -178,6 +180,7 @@ __device__ __forceinline__ void write_mixed(const Words& own, const Words& other
 template <bool flips, typename In, typename Out>
 __global__ void __launch_bounds__(most_threads, flips ? 2 : least_threads / most_threads)
     mix_aligned(const AlignedJob<In, Out> job) {
+  begin_kernel();
   using T = Accumulate<In>;
   using OutPack = Vec<Out, aligned_pack<In>>;
   constexpr int each = packs_each<In>;

@@ -194,6 +194,7 @@ __device__ RowLoss<T> sigmoid_row(const L* z, const Targets<T>& t, const Labels<
 
 template <typename Team, bool sigmoid, typename L>
 __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_rows(const Forward<L> job) {
+  begin_kernel();
   using T = Accumulate<L>;
   const int64_t row = Team::row();
   if (row >= job.shape.rows) return;  // whole teams
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) forward_row
 // The loss and its parts, by one block: the order of summation is fixed.
 template <typename Team, typename L>
 __global__ void __launch_bounds__(Team::block) total_loss(const Loss<L> job) {
+  begin_kernel();
   const Forward<L>& rows = job.rows;
   const auto& shape = rows.shape;
   LossSums sums{};
@@ -295,6 +297,7 @@ __device__ __forceinline__ void write_labelled(const L* z, L* out, const Labels<
 
 template <typename Team, bool sigmoid, typename L>
 __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) backward_rows(const Backward<L> job) {
+  begin_kernel();
   using T = Accumulate<L>;
   constexpr int pack = pack_of<L>, target_pack = vector_bytes / sizeof(T);
   const Targets<T>& t = job.targets;

@@ -15,6 +15,7 @@ struct GatherJob {
 
 template <typename In>
 __global__ void __launch_bounds__(most_threads, least_threads / most_threads) gather_rows(const GatherJob<In> job) {
+  begin_kernel();
   using T = Accumulate<In>;
   constexpr int pack = pack_of<In>;
   const GatherRows<In>& sums = job.sums;
@@ -48,6 +49,7 @@ __device__ __forceinline__ void load_input(const Operand& input, int64_t row, in
 
 template <typename Team, typename T>
 __global__ void __launch_bounds__(Team::block, Team::blocks_at_once) dot_rows(const DotRows<T> job) {
+  begin_kernel();
   constexpr int pack = 8;  // 16 bytes of the narrowest dtype that occurs often
   const int64_t t = Team::row();
   if (t >= job.count) return;  // whole teams

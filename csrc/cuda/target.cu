@@ -3,6 +3,7 @@
 
 #include "elements.h"
 #include "launch.h"
+#include "team.h"
 
 namespace mixupe {
 namespace {
@@ -11,6 +12,7 @@ constexpr int rows_per_block = 128;
 
 template <typename T>
 __global__ void __launch_bounds__(rows_per_block) write_rows(const TargetRows<T> job) {
+  begin_kernel();
   const int64_t row = int64_t(blockIdx.x) * rows_per_block + threadIdx.x;
   if (row >= job.count) return;
   const int64_t own = checked_row(job.own(row), job.batch);

@@ -7,6 +7,15 @@
 
 namespace mixupe {
 
+// The first line of every kernel. Launched early (launch.h), it waits here for the kernels ahead of it: what they write may be read
+// from here on, and what they read may be written. Then the next one may come.
+__device__ __forceinline__ void begin_kernel() {
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 constexpr unsigned whole_warp = 0xffffffffu;
 
 // Shuffles move 32 bits; a struct goes word by word.

@@ -49,7 +49,7 @@ struct Warp {
 
 struct Thread {
   std::unique_ptr<Fiber> fiber;
-  bool done = false;
+  bool done = false, synchronized = false;
   const Meeting* waits_at = nullptr;
   unsigned opened_before = 0;
   bool can_run() const { return !done && (!waits_at || waits_at->opened != opened_before); }
@@ -114,12 +114,21 @@ unsigned exchange(unsigned mask, unsigned word, int from) {
   return words[from < warp_size ? from : lane];
 }
 
+bool is_early(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      return config.attrs[i].val.programmaticStreamSerializationAllowed;
+  return false;
+}
+
 // What a fiber does: the kernel, once for each block.
 void run_thread() {
   for (;;) {
     Launch& launch = *block->launch;
     try {
       launch.kernel.call(launch.kernel.arguments);
+      if (is_early(launch.config) && !block->self().synchronized)
+        throw std::runtime_error("a thread of an early launch has not waited for the kernels before it");
     } catch (...) {
       launch.failure = std::current_exception();
     }
@@ -180,7 +189,7 @@ void run_block(Launch& launch, int64_t index) {
   for (size_t t = 0; t < size; ++t) {
     Thread& thread = own.threads[t];
     if (!thread.fiber) thread.fiber = std::make_unique<Fiber>(run_thread);
-    thread.done = false, thread.waits_at = nullptr;
+    thread.done = thread.synchronized = false, thread.waits_at = nullptr;
   }
   try {
     take_turns();
@@ -193,7 +202,10 @@ void run_block(Launch& launch, int64_t index) {
 
 }  // namespace
 
+int64_t early_launches = 0;
+
 void launch(const cudaLaunchConfig_t& config, const Kernel& kernel) {
+  if (is_early(config)) ++early_launches;
   const unsigned threads = config.blockDim.x;
   if (threads == 0 || threads % warp_size || threads > most_threads)
     throw std::runtime_error("blocks of " + std::to_string(threads) + " threads are not emulated");
@@ -229,6 +241,13 @@ void meet(emulated::Meeting& barrier, char* ordered, int expected) {
 }
 
 }  // namespace
+
+void cudaGridDependencySynchronize() { emulated::block->self().synchronized = true; }
+
+// How many launches so far might begin early, for tests.
+extern "C" __attribute__((visibility("default"))) int64_t mixupe_emulated_early_launches() {
+  return emulated::early_launches;
+}
 
 void __syncthreads() { meet(emulated::block->barrier, emulated::block->ordered, emulated::block->live); }
 

@@ -17,11 +17,29 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
+
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;  // what the emulated device can is what sm_90 can
+  return 0;
+}
 
 extern thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -29,6 +47,8 @@ unsigned __shfl_sync(unsigned mask, unsigned word, int lane);
 unsigned __shfl_down_sync(unsigned mask, unsigned word, int offset);
 void __syncthreads();
 void __syncwarp(unsigned mask);
+void cudaGridDependencySynchronize();
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 namespace emulated {
 
