@@ -151,10 +151,10 @@ def sanitize(directory: Path, seconds: float) -> dict[str, str]:
     return outcome
 
 
-def run_once(device: str) -> int:
+def run_once(device: str, chosen: Sequence[Case]) -> int:
     """Each case at small size, once on each of our backends, checked: what the sanitizers watch."""
     status = 0
-    for case in GPU_CASES:
+    for case in chosen:
         names = gpu_backends(device == "cpu")
         workload = workloads.build(case, device, names, compiler=lambda function: function, dry=True)
         ours = workload._replace(calls={name: workload.calls[name] for name in names})
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     device = "cpu" if options.dry_run else "cuda"
     if options.once:
-        return run_once(device)
+        return run_once(device, [case for case in GPU_CASES if options.only in case.label])
     deadline = time.monotonic() + options.seconds
     test_seconds = min(TEST_SECONDS, options.seconds / 2)
     facts = device_facts(options.dry_run)

@@ -6,6 +6,7 @@ copy of the sources, in which a wheel's package replaces the checkout's. The tor
 every torch must load the same libraries. A leg that says ``builds`` then tests a wheel that its own torch builds.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Leg(NamedTuple):
     runs: tuple[Run, ...]
     builds: bool = False
     emulates: bool = False  # CUDA's kernels on the host
+    python: str = ""  # the version of its interpreter; that of development if empty
     sanitizes: bool = False  # the compiled backend, by AddressSanitizer and UndefinedBehaviorSanitizer
     shares: str = ""  # the leg whose environment it has
 
@@ -54,6 +55,7 @@ LEGS = {
     "libraries": Leg((Run("", libraries=True),)),
     "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
     "experiments": Leg((Run("experiments", thorough=True, libraries=True),), shares="libraries"),
+    "borrowed-gpu": Leg((Run("test_borrowed_gpu", thorough=True),), python="3.12"),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
 
@@ -73,19 +75,30 @@ def locked(path: Path) -> str:
     return "\n".join(locked(path.parent / line[3:]) if line.startswith("-r ") else line for line in lines)
 
 
+def interpreter(version: str) -> str:
+    """A Python of this version: of PATH, or of pyenv, whose own commands run only what its settings allow."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    tried = [f"python{version}", *sorted(map(str, pyenv.glob(f"versions/{version}*/bin/python{version}")))]
+    for python in tried if version else [sys.executable]:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run([python, "-m", "venv", "--help"], check=True, capture_output=True)
+            return python
+    sys.exit(f"this leg needs Python {version}, found none: none of {', '.join(tried)} runs")
+
+
 def environment(leg: str) -> Path:
     """The Python of a leg's environment, which is made if there is none for this lock file."""
     lock = ROOT / "requirements" / f"{leg}.lock"
     if not lock.exists():
         return Path(sys.executable)
-    content = locked(lock)
-    folder = ENVIRONMENTS / f"{leg}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    content, version = locked(lock), LEGS[leg].python
+    folder = ENVIRONMENTS / f"{leg}-{hashlib.sha256((content + version).encode()).hexdigest()[:8]}"
     python, ready = folder / "bin/python", folder / ".ready"
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another checkout may be making the same one
         if not ready.exists():
-            venv.create(folder, clear=True, with_pip=True)
+            call(interpreter(version), "-m", "venv", "--clear", folder)
             # The lock file alone says which versions: a machine may cap torch.
             unconstrained = {**os.environ, "PIP_CONSTRAINT": os.devnull}
             (torch,) = re.findall(r"^torch==.*", content, re.MULTILINE)
