@@ -82,6 +82,20 @@ constexpr int64_t block_size = 2048, lanes = 16;
 
 MIXUPE_FN int64_t padded(int64_t n) { return (n + lanes - 1) & ~(lanes - 1); }
 
+// A sum in as many parts as rows are padded to, whatever this machine's vectors hold: the fewer lanes an instruction has, the
+// more often each of them would be rounded, and without any vectors (sanitizers, say) all terms would be in one sum.
+template <typename T>
+struct Parts {
+  alignas(64) T of[lanes] = {};
+
+  MIXUPE_FN T total() {
+    for (int64_t half = lanes / 2; half > 0; half /= 2)
+#pragma omp simd
+      for (int64_t lane = 0; lane < half; ++lane) of[lane] += of[lane + half];
+    return of[0];
+  }
+};
+
 // Reads a block of logits, padded with -∞, which adds 0 to every sum; returns their maximum.
 template <typename L, typename T>
 MIXUPE_FN T load_logits(const L* z, int64_t n, T* block) {

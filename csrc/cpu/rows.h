@@ -21,8 +21,7 @@ MIXUPE_FN int64_t block_length(int64_t classes, int64_t start) {
 
 // Sums are made in the accumulation dtype over so many columns and joined: rounding took more of a whole block of 2048 than of
 // PyTorch's sums. Targets and sigmoids are summed over 256, and exponentials in 64 steps: every end of theirs takes time.
-constexpr int64_t short_sum = 256;
-const int64_t exponentials_sum = 64 * simd_lanes;
+constexpr int64_t short_sum = 256, exponentials_sum = 64 * lanes;
 
 // The columns of a sum of n from `start` on, with those that pad a row: a multiple of the lanes, as compilers see.
 MIXUPE_FN int64_t sum_length(int64_t n, int64_t start, int64_t longest) {
@@ -36,10 +35,11 @@ MIXUPE_FN Stats<T> softmax_sums(T max, int64_t length, const T* block) {
   for (int64_t start = 0; start < length; start += exponentials_sum) {
     const int64_t count = sum_length(length, start, exponentials_sum);
     const T* part = block + start;
-    T sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t i = 0; i < count; ++i) add_logit(part[i], shift, sum, weighted);
-    stats.sum += sum, stats.weighted += weighted;
+    Parts<T> sum, weighted;
+    for (int64_t i = 0; i < count; i += lanes)
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes; ++lane) add_logit(part[i + lane], shift, sum.of[lane], weighted.of[lane]);
+    stats.sum += sum.total(), stats.weighted += weighted.total();
   }
   return stats;
 }
@@ -88,10 +88,11 @@ template <typename T>
 MIXUPE_SIMD double target_sum(const T* y, int64_t n) {
   double mass = 0;
   for (int64_t start = 0; start < n; start += short_sum) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) sum += y[i];
-    mass += sum;
+    Parts<T> sum;
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); i += lanes)
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes; ++lane) sum.of[lane] += y[i + lane];
+    mass += sum.total();
   }
   return mass;
 }
@@ -101,10 +102,11 @@ template <typename T>
 MIXUPE_SIMD double target_dot(const T* z, const T* y, int64_t n, T shift) {
   double dot = 0;
   for (int64_t start = 0; start < n; start += short_sum) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) sum += weigh(y[i], z[i] - shift);
-    dot += sum;
+    Parts<T> sum;
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); i += lanes)
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes; ++lane) sum.of[lane] += weigh(y[i + lane], z[i + lane] - shift);
+    dot += sum.total();
   }
   return dot;
 }
@@ -118,16 +120,17 @@ MIXUPE_SIMD SigmoidSums sigmoid_block(const L* z, const T* y, int64_t n, T* bloc
   load_logits(z, n, block);
   SigmoidSums sums{};
   for (int64_t start = 0; start < n; start += short_sum) {
-    T ce = 0, entropy = 0, softplus = 0;
-#pragma omp simd reduction(+ : ce, entropy, softplus)
-    for (int64_t i = start; i < start + sum_length(n, start, short_sum); ++i) {
-      T own_softplus = 0, own_entropy = 0;
-      add_sigmoid_logit(block[i], own_softplus, own_entropy);
-      entropy += own_entropy;
-      softplus += own_softplus;
-      ce += own_softplus - weigh(y[i], block[i]);
-    }
-    sums.ce += ce, sums.entropy += entropy, sums.softplus += softplus;
+    Parts<T> ce, entropy, softplus;
+    for (int64_t i = start; i < start + sum_length(n, start, short_sum); i += lanes)
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        T own_softplus = 0, own_entropy = 0;
+        add_sigmoid_logit(block[i + lane], own_softplus, own_entropy);
+        entropy.of[lane] += own_entropy;
+        softplus.of[lane] += own_softplus;
+        ce.of[lane] += own_softplus - weigh(y[i + lane], block[i + lane]);
+      }
+    sums.ce += ce.total(), sums.entropy += entropy.total(), sums.softplus += softplus.total();
   }
   return sums;
 }
@@ -273,10 +276,13 @@ MIXUPE_SIMD Stats<T> exponentials_block(const L* z, int64_t n, T* block, T* expo
   for (int64_t start = 0; start < length; start += exponentials_sum) {
     const int64_t count = sum_length(length, start, exponentials_sum);
     const T* part = block + start;
-    T *out = exponentials + start, sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t i = 0; i < count; ++i) out[i] = add_logit(part[i], shift, sum, weighted);
-    stats.sum += sum, stats.weighted += weighted;
+    T* out = exponentials + start;
+    Parts<T> sum, weighted;
+    for (int64_t i = 0; i < count; i += lanes)
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        out[i + lane] = add_logit(part[i + lane], shift, sum.of[lane], weighted.of[lane]);
+    stats.sum += sum.total(), stats.weighted += weighted.total();
   }
   return stats;
 }

@@ -11,18 +11,3 @@
 #else
 #define MIXUPE_SIMD
 #endif
-
-namespace mixupe {
-namespace {
-
-// Floats that an instruction of this machine's clones takes; of the oldest where there are none.
-const int simd_lanes = [] {
-#ifdef MIXUPE_HAS_CLONES
-  if (__builtin_cpu_supports("x86-64-v4")) return 16;
-  if (__builtin_cpu_supports("x86-64-v3")) return 8;
-#endif
-  return 4;
-}();
-
-}  // namespace
-}  // namespace mixupe

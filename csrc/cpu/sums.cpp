@@ -37,10 +37,13 @@ void run_gather(const GatherRows<In>& job, const Tensor&) {
 
 template <typename T>
 MIXUPE_SIMD T dot_block(const T* a, const T* b, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+  Parts<T> sum;
+  const int64_t whole = n & ~(lanes - 1);
+  for (int64_t i = 0; i < whole; i += lanes)
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes; ++lane) sum.of[lane] += a[i + lane] * b[i + lane];
+  for (int64_t i = whole; i < n; ++i) sum.of[i - whole] += a[i] * b[i];
+  return sum.total();
 }
 
 template <typename T>
