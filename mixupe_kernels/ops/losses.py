@@ -23,6 +23,7 @@ from .registration import (
     apply_untransformed,
     below_autograd,
     call,
+    composite,
     define,
     differentiable,
     differentiates_otherwise,
@@ -339,10 +340,12 @@ class _CompiledLoss(torch.autograd.Function):
         return _loss.gradients(logits=gradient)
 
 
-@torch.compiler.allow_in_graph  # traced by Dynamo, its backward would have gradients off, and lose second derivatives without a word
-def _compiled_loss(*flat):
-    return _CompiledLoss.apply(*flat)
+def compiled_mixupe_loss(logits: Tensor, target: RowTarget, arguments: LossArguments) -> tuple[Tensor, Tensor]:
+    return _CompiledLoss.apply(logits, *target, *arguments)
 
+
+# Traced by Dynamo, the Function's backward would have gradients off, and lose second derivatives without a word.
+_compiled_loss = composite(compiled_mixupe_loss)
 
 _apply, _apply_inplace, _apply_with_gradient = map(apply_untransformed, (_FusedLoss, _InplaceLoss, _LossWithGradient))
 

@@ -47,6 +47,18 @@ def define(function: Callable, fake: Callable) -> Operator:
     return getattr(torch.ops.mixupe, signature.name).default
 
 
+def composite(function: Callable) -> Operator:
+    """Declare ``function``, made of operators and Functions, under its name: Dynamo puts the call into its graph unopened.
+
+    A backend of the compiler that differentiates ahead traces through it; one that runs the graph as it is calls it.
+    ``torch.compiler.allow_in_graph`` does the same, and imports the compiler with the package.
+    """
+    signature = Signature(function)
+    library.define(signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(signature.name, signature.taking_flat(function), "CompositeImplicitAutograd")
+    return getattr(torch.ops.mixupe, signature.name).default
+
+
 def signature_of(operator: Operator) -> Signature:
     return _signatures[operator.name().split("::")[1]]
 
