@@ -13,6 +13,8 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 demo: $(READY)
 	$(BIN)/python -m experiments demo
 
+# Two processes of two threads share the cores: threads that spin while they wait would take them from those that work.
+test: export OMP_WAIT_POLICY := PASSIVE
 # Interpreted Triton must see TRITON_INTERPRET before triton is imported, so the operators' suite runs on it in processes of its own.
 test: $(READY) $(EMULATED)
 	$(BIN)/python -m pytest tests -q -n 2

@@ -188,6 +188,7 @@ def run_tests(python: Path, folder: Path, run: Run, builds: bool = False) -> tup
     """Pytest's exit status and its last line."""
     command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *files_of(run, folder)]
     variables = {**os.environ, "PATH": with_tools(python), "PYTHONPATH": str(folder)}
+    variables["OMP_WAIT_POLICY"] = "PASSIVE"  # see the Makefile
     if builds:
         variables["MIXUPE_CUDA_BUILT"] = "1"
     if run.interpreted:
