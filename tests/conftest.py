@@ -19,6 +19,7 @@ torch.set_num_threads(2)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THOROUGH = os.environ.get("MIXUPE_THOROUGH") == "1"
+FOR_DEVICES = ("triton", "cuda_emulated")  # backends whose kernels the CPU only tests
 
 
 class Served(NamedTuple):
@@ -34,13 +35,13 @@ class Served(NamedTuple):
     def slow(self) -> bool:
         """Whether it takes less than the whole suite: Triton interprets each program, or compiles each shape, and an
         emulated device has one thread after the other."""
-        return self.name in ("triton", "cuda_emulated") and not THOROUGH
+        return self.name in FOR_DEVICES and not THOROUGH
 
     @property
     def refuses(self) -> bool:
         """Whether it says at once which value is out of range. Triton marks what it cannot read with NaN
         (test_triton_interpreter.py), and a device asserts (test_emulated.py)."""
-        return self.name not in ("triton", "cuda_emulated") and self.device == "cpu"
+        return self.name not in FOR_DEVICES and self.device == "cpu"
 
 
 ON_CPU = [Served(name) for name in backends.backends_for("cpu") if (name == "triton") == INTERPRETED]
@@ -52,6 +53,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`python -m bench gpu` runs these)")
     config.addinivalue_line("markers", "thorough: left out where a backend is slow")
     config.addinivalue_line("markers", "host: needs CPU tensors (values are refused there, or NumPy looks at them)")
+    config.addinivalue_line(
+        "markers", "by_torch: devices have PyTorch's kernels for it, which on the CPU are the reference"
+    )
     config.addinivalue_line("markers", "refuses: needs a backend that refuses values out of range at once")
     if INTERPRETED:
         # Arithmetic on -∞ and NaN is guarded, so NumPy, which the interpreter computes with, has nothing to warn about.
@@ -66,6 +70,7 @@ def unfit(item) -> bool:
     return bool(
         (served.slow and item.get_closest_marker("thorough"))
         or (served.device != "cpu" and item.get_closest_marker("host"))
+        or (served.device == "cpu" and served.name in FOR_DEVICES and item.get_closest_marker("by_torch"))
         or (not served.refuses and item.get_closest_marker("refuses"))
     )
 

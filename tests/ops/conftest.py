@@ -10,3 +10,9 @@ def backend(request):
     """The name of each backend in turn, in use."""
     with serve(request.param) as name:
         yield name
+
+
+@pytest.fixture
+def slow(request):
+    """Whether the backend in turn takes less than the whole suite."""
+    return request.node.callspec.params["backend"].slow

@@ -6,6 +6,7 @@ import torch
 from ..cases import DTYPES, Computed, assert_accurate, compute, compute_dtype, peer, thorough, truth
 
 ops = torch.ops.mixupe
+pytestmark = pytest.mark.by_torch
 
 # One value a channel, fewer channels than a pack of lanes, some more, runs of one pack and some more.
 SHAPES = [(5, 3), (9, 16), (7, 19), (6, 5, 4), (5, 3, 4, 4), (4, 20, 5, 7), (3, 2, 2, 3, 3), *thorough((6, 130, 9, 9))]

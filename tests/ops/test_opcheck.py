@@ -56,9 +56,11 @@ NAMES = [name for name, *_ in opcheck_cases()]
 
 
 @pytest.mark.parametrize("case", range(len(NAMES)), ids=[f"{name}-{case}" for case, name in enumerate(NAMES)])
-def test_opcheck(backend, case):
+def test_opcheck(backend, slow, case):
     name, args, kwargs = opcheck_cases()[case]
-    torch.library.opcheck(getattr(ops, name).default, args, kwargs)
+    # Autograd and compiled graphs are the same Python over every backend; what a kernel returns and writes is its own.
+    own = {"test_utils": ("test_schema", "test_faketensor")} if slow else {}
+    torch.library.opcheck(getattr(ops, name).default, args, kwargs, **own)
 
 
 def test_opcheck_covers_every_operator():
