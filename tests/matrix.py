@@ -53,7 +53,7 @@ LEGS = {
     "triton-3.6": Leg(TRITON),
     "triton-3.8": Leg(TRITON),
     "libraries": Leg((Run("", libraries=True),)),
-    "emulation": Leg((Run("ops test_emulated", thorough=True),), emulates=True),
+    "emulation": Leg((Run("ops test_emulated test_cuda_build", thorough=True),), emulates=True),
     "experiments": Leg((Run("experiments", thorough=True, libraries=True),), shares="libraries"),
     "borrowed-gpu": Leg((Run("test_borrowed_gpu", thorough=True),), python="3.12"),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
