@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 import mixupe_kernels as mk
 
+from .cases import thorough
+
 MIXED, CLEAN, CLASSES, GAMMA, ETA = 5, 3, 7, 0.4, 0.3
 ROWS = MIXED + CLEAN
 FORMS = ("fused", "composed", "linear", "criterion")
@@ -141,7 +143,9 @@ def test_a_gamma_of_zero_weighs_no_infinite_cross_entropy(backend, form, logits,
     assert loss_by(form, logits, target, clean_weight=GAMMA, rescale=False) == torch.inf
 
 
-@pytest.mark.parametrize("form", ["fused", "composed", "criterion"])
+@pytest.mark.parametrize(
+    "form", ["fused", "composed", *thorough("criterion")]
+)  # which is the fused one, called by a module
 def test_second_derivatives_are_differences(backend, form, logits, target):
     # Near points of η̂, a constant in every derivative, differ in it: so not rescaled.
     def loss(z):

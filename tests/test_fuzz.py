@@ -1,5 +1,6 @@
 """Every backend on random calls against the reference in float64: 2000 of them, MIXUPE_FUZZ=100000 for more.
 
+The calls are in 20 tests, so that a long run may be made in pieces: ``test_random_calls[3]`` has calls 3, 23, 43, …
 ``MIXUPE_FUZZ_ONLY=17`` runs call 17 alone, as the message about a mismatch says.
 """
 

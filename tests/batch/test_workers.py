@@ -95,10 +95,12 @@ def test_one_batch_in_interval_is_regularized(workers, options):
         assert fn.steps == 16 * (epoch + 1)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-def test_spawned_workers(persistent):
+@pytest.mark.parametrize(
+    ("workers", "persistent"), [(1, False), (2, True)]
+)  # two processes, each of which imports torch
+def test_spawned_workers(workers, persistent):
     fn = mk.MixupE(interval=2, warmup_epochs=1, generator=seeded())
-    batches = loader(fn, 4, 2, multiprocessing_context="spawn", persistent_workers=persistent)
+    batches = loader(fn, 4, workers, multiprocessing_context="spawn", persistent_workers=persistent)
     lams = []
     for epoch in range(2):
         fn.set_epoch(epoch)
