@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -268,6 +269,46 @@ def measure_all(
         yield new, verdicts
 
 
+# Which operators a case of this family times: what BY_SIZE of mixupe_kernels/ops/backends.py has rows of.
+OPERATORS = {
+    "mixupe_loss": ("mixupe_loss", "mixupe_loss_backward", "mixupe_loss_backward_out"),
+    "ce_entropy": ("ce_entropy",),
+    "ce_entropy backward": ("ce_entropy_backward",),
+    "mix": ("mix",),
+    "mixed and clean out=": ("mix_out",),
+}
+WORTH = 0.95  # a backend takes a size from the one before it if it needs at most this share of its time
+
+
+def by_size(cases: Sequence[Case], rows: Sequence[Row], names: Sequence[str]) -> str:
+    """The rows that BY_SIZE should have by these figures, as Python: per operator, from which size on which backend.
+
+    By the time of a call in a stream, which has the host's in it; of sizes of several dtypes, by the sum of their times.
+    """
+    lines = []
+    for family, operators in OPERATORS.items():
+        times: dict[int, dict[str, float]] = {}
+        for case in cases:
+            found = {row.provider: row.stream_seconds for row in rows if row.case == case.label}
+            known = {name: found[name] for name in names if found.get(name) is not None}
+            if case.family != family or len(known) < len(names):
+                continue
+            elements = math.prod(case.shape) * (2 if family == "mixupe_loss" else 1)  # which has 2B rows
+            of_size = times.setdefault(elements, dict.fromkeys(names, 0.0))
+            for name, seconds in known.items():
+                of_size[name] += seconds
+        kept: list[tuple[int, str]] = []
+        serving = names[0]
+        for elements, of_size in sorted(times.items()):
+            best = min(of_size, key=lambda name: of_size[name])
+            if best != serving and of_size[best] <= WORTH * of_size[serving]:
+                kept.append((elements, best))
+                serving = best
+        text = ", ".join(f'From({elements}, "{name}")' for elements, name in kept)
+        lines += [f'"{operator}": ({text},),' for operator in operators if kept]
+    return "".join(f"{line}\n" for line in lines) or f"# {names[0]} at every size\n"
+
+
 def failed(rows: Sequence[Row]) -> list[Row]:
     """Rows of ours that were run and are wrong: one that was not run says nothing."""
     ours = set(mk.available_backends())
@@ -323,6 +364,8 @@ def main(arguments: Sequence[str]) -> int:
     for new_rows, new_verdicts in measure_all(cases, timer, device, rounds, deadline):
         rows, verdicts = rows + new_rows, verdicts + new_verdicts
         results.write(directory, facts, rows, verdicts)  # a run that is cut short leaves what it has
+    serving = [name for name in gpu_backends(options.dry_run) if name != "reference"]
+    (directory / "by_size.txt").write_text(f"# {title}\n{by_size(cases, rows, serving)}")
     run.finish(directory, facts, rows, verdicts, title)
     wrong = failed(rows)
     for row in wrong:

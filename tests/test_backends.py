@@ -81,6 +81,41 @@ def test_a_backend_is_one_line_of_the_table(monkeypatch):
     assert calls == ["mix", "ce_entropy"]
 
 
+def test_a_size_has_the_backend_of_its_row(monkeypatch):
+    """Where nothing is asked for; a backend that is missing leaves its sizes to the first that works."""
+    calls = counting(monkeypatch)
+    line = backends.BACKENDS[-1]
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS[:-1], line._replace(keys=("CPU",))))
+    rows = (backends.From(0, "reference"), backends.From(100, "counting"), backends.From(1000, "no such"))
+    monkeypatch.setattr(backends, "BY_SIZE", {"CPU": {"mix": rows}})
+
+    def served(elements):
+        calls.clear()
+        mk.mix(torch.randn(2, elements // 2), "flip", 0.5)
+        return bool(calls)
+
+    try:
+        with mk.use_backend("reference"):
+            assert not served(200)  # what is asked for decides at every size
+        assert [served(elements) for elements in (98, 100, 2000)] == [False, True, True]
+        calls.clear()
+        mk.ce_entropy(torch.randn(50, 4), torch.zeros(50, dtype=torch.int64))
+        assert not calls
+    finally:
+        monkeypatch.undo()
+        with mk.use_backend("reference"):
+            pass
+
+
+def test_the_rows_by_size_are_of_operators_and_backends():
+    for key, table in backends.BY_SIZE.items():
+        names = [backend.name for backend in backends.BACKENDS if key in backend.keys]
+        for operator, rows in table.items():
+            assert operator in registration.operators()
+            assert [row.elements for row in rows] == sorted({row.elements for row in rows})
+            assert {row.backend for row in rows} <= set(names)
+
+
 def test_users_are_not_told_of_what_is_for_tests(monkeypatch):
     def unavailable():
         raise backends.Unavailable("not built")

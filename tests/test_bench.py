@@ -11,7 +11,7 @@ import torch
 import mixupe_kernels as mk
 from bench import cases, check, cpu, gpu, plot, results, run, timing, workload, workloads
 from bench.cases import COPY, COPY_RATE, EAGER, ENQUEUE, FLOAT32, READ_RATE, Bar, Case, Row, Verdict
-from mixupe_kernels.ops import LossArguments, reference
+from mixupe_kernels.ops import LossArguments, backends, reference, registration
 
 TINY = {
     "mix": (4, 3, 5, 5),
@@ -238,6 +238,23 @@ def test_table(rich, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for text in ("a title", "≥ 2.5× eager", "3×", "not met", "not measured", "≥ 90% of the copy rate"):
         assert text in shown
+
+
+def test_the_rows_by_size_are_the_faster_backends(monkeypatch):
+    """A size is taken over where it saves something; what is written are rows of the table."""
+    given = [cases.Case("mix", (rows, 10)) for rows in (1, 10, 100, 1000)]
+    times = ((2.0, 1.0), (2.0, 1.0), (1.0, 0.99), (1.0, 2.0))
+    rows = [
+        cases.Row(case.label, name, stream_seconds=seconds)
+        for case, both in zip(given, times, strict=True)
+        for name, seconds in zip(("triton", "cuda"), both, strict=True)
+    ]
+    text = gpu.by_size(given, rows, ["triton", "cuda"])
+    table = eval("{" + text + "}", {"From": backends.From})
+    assert table == {"mix": (backends.From(10, "cuda"), backends.From(10_000, "triton"))}
+    assert set().union(*gpu.OPERATORS.values()) <= set(registration.operators())
+    assert gpu.by_size(given, rows[::2], ["triton"]) == "# triton at every size\n"
+    assert set(gpu.OPERATORS) <= {case.family for case in cases.GPU_CASES}
 
 
 def test_gpu_without_a_gpu_says_so(monkeypatch, capsys):

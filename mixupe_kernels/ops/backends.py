@@ -95,6 +95,18 @@ BACKENDS = (
 )
 
 
+class From(NamedTuple):
+    """A row of ``BY_SIZE``: from so many elements of a call's largest tensor on, this backend serves it."""
+
+    elements: int
+    backend: str
+
+
+# Dispatch key → operator → the backends that serve it by default, by size; what is not here, and what names a backend that is
+# missing, has the first of BACKENDS that works. No GPU has run both of CUDA's yet: ``python -m bench gpu`` writes what fills this.
+BY_SIZE: dict[str, dict[str, tuple[From, ...]]] = {"CUDA": {}}
+
+
 def _truncated(path: Path) -> bool:
     """Whether an ELF file ends before its segments do. The loader would map them, and reading one would kill the process."""
     data = path.read_bytes()
@@ -221,9 +233,36 @@ def _serve() -> None:
             backend = _chosen(key)
             if backend.name == _native[key] and key not in _with_switches and not debug.ON:
                 continue
-            given = {**registration.references(), **backend.functions()}
-            _serving[key] = {operator: _for_switch(operator, key, backend, given[operator]) for operator in operators()}
+            served = _served_by(backend, key)
+            if not any(key in request.keys + request.on_request for request in _requests):
+                served |= {
+                    operator: _sized(operator, key, rows, served[operator])
+                    for operator, rows in BY_SIZE.get(key, {}).items()
+                }
+            _serving[key] = served
             _put_in_switches(key)
+
+
+def _served_by(backend: Backend, key: str) -> Functions:
+    """Each operator as a switch calls it, where one backend serves all sizes."""
+    given = {**registration.references(), **backend.functions()}
+    return {operator: _for_switch(operator, key, backend, given[operator]) for operator in operators()}
+
+
+def _sized(operator: str, key: str, rows: tuple[From, ...], default: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator by the rows of ``BY_SIZE``; ``default`` below the first of them."""
+    named = {backend.name: backend for backend in BACKENDS if key in backend.keys and not _why_missing(backend)}
+    functions = [(elements, _served_by(named[name], key)[operator]) for elements, name in rows if name in named]
+
+    def call(keyset, *args, **kwargs):
+        size = max(value.numel() for value in args if isinstance(value, torch.Tensor))
+        function = default
+        for elements, of_size in functions:
+            if size >= elements:
+                function = of_size
+        return function(keyset, *args, **kwargs)
+
+    return call
 
 
 def _for_switch(operator: str, key: str, backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
