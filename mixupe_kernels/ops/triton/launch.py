@@ -63,7 +63,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             1024: Tile(2, 1024, 4, 1),
             ANY: Tile(1, 4096, 8, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 4, 1), ANY: Tile(1, 2048, 8, 1)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 8, 1), ANY: Tile(1, 1024, 4, 1)},
     },
     "row_gradient": {
         torch.float32: {
@@ -84,7 +84,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             1024: Tile(2, 1024, 4, 1),
             ANY: Tile(1, 2048, 4, 1),
         },
-        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 2, 1), ANY: Tile(1, 1024, 4, 1)},
+        torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(8, 128, 4, 1), ANY: Tile(1, 1024, 4, 1)},
     },
     "mix": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
