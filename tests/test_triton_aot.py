@@ -60,7 +60,7 @@ def wide_accesses(case, kernel):
         streams = {"mix_rows": (2, 1), "mix_pairs": (2, 2), "gather_rows": (1, 1), "dot_rows": (2, 0)}.get(kernel)
         if streams is None or case.kind == "to_channels_last":  # which gathers bytes
             return 0, 0
-        tile = launch.tile_for(family, dtype, length)
+        tile = launch.tile_for(family, dtype, math.prod(case.shape[2:]) if "cut" in case.kind else length)
         return tuple(
             count * tile.block * bytes_each // (tile.warps * 32 * 16)
             for count, bytes_each in zip(streams, (size, out_size), strict=True)

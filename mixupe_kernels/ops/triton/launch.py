@@ -61,7 +61,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
             64: Tile(32, 64, 4, 1),
             256: Tile(8, 256, 8, 1),
             1024: Tile(2, 1024, 4, 1),
-            ANY: Tile(1, 4096, 8, 1),
+            ANY: Tile(1, 2048, 4, 1),
         },
         torch.float64: {16: Tile(64, 16, 4, 1), 256: Tile(4, 256, 8, 1), ANY: Tile(1, 1024, 4, 1)},
     },
