@@ -68,7 +68,10 @@ def test_each_bar_can_fail():
             for name in ("row_stats", "row_gradient", "forward_rows<T>", "backward_rows<T>")
         ),
         *(dataclasses.replace(good, case=images.format(dtype), kernel="mix_rows") for dtype in ("bfloat16", "uint8")),
-        dataclasses.replace(good, case=images.format("bfloat16"), kernel="mix_pairs"),
+        *(
+            dataclasses.replace(good, case=images.format("bfloat16"), kernel=name)
+            for name in ("mix_pairs", "mix_aligned<T>")
+        ),
     ]
     judged = verdicts(kernels)
     assert all(met for *_, met in judged) and {bar for bar, *_ in judged} == set(BARS)
