@@ -185,12 +185,12 @@ __global__ void __launch_bounds__(most_threads, flips ? 2 : least_threads / most
   using OutPack = Vec<Out, aligned_pack<In>>;
   constexpr int each = packs_each<In>;
   const MixSamples<In>& samples = job.samples;
-  const int64_t row = blockIdx.x, channel = blockIdx.z;
+  const int64_t row = blockIdx.x, channel = sizeof(In) == 1 ? blockIdx.z : 0;  // only bytes are scaled by channel
   const int first = static_cast<int>(blockIdx.y * job.packs_per_tile + threadIdx.x), end = job.packs;
   const int64_t own_row = flips ? row : samples.own(row);
   const int64_t other_row = flips ? samples.batch - 1 - row : samples.other(row, own_row);
   const T lam = samples.lam[row], mirror_lam = flips ? samples.lam[other_row] : lam;
-  const bool are_rows = own_row >= 0 && own_row < samples.batch && other_row >= 0 && other_row < samples.batch;
+  const bool are_rows = is_row(own_row, samples.batch) && is_row(other_row, samples.batch);
   const bool are_weights = lam >= T(0) && lam <= T(1) && mirror_lam >= T(0) && mirror_lam <= T(1);
   assert(are_rows && are_weights && "partner and rows must be rows of x, and lam must be in [0, 1]");
   const auto* own = reinterpret_cast<const Words*>(samples.x + own_row * samples.stride + channel * job.plane);
