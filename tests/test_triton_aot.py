@@ -98,10 +98,10 @@ def test_stages_fetch_the_tiles_of_a_loop_ahead(monkeypatch, dtype, columns):
     plain, ahead = compiled[0], [stages - 1 if columns > tile.block else 0 for stages in launch.STAGES]
     assert [kernel.stages for kernel in compiled] == list(launch.STAGES)
     assert [kernel.wide_loads for kernel in compiled] == [plain.wide_loads * (1 + tiles) for tiles in ahead]
-    # What the last reduction takes of it is the tiles' before.
-    assert [kernel.shared for kernel in compiled] == [
-        max(plain.shared, tile.rows * tile.block * dtype.itemsize * tiles) for tiles in ahead
-    ]
+    for kernel, tiles in zip(compiled, ahead, strict=True):
+        of_tiles = tile.rows * tile.block * dtype.itemsize * tiles
+        # What the last reduction takes of it is the tiles' before; Triton 3.6 may put the two side by side.
+        assert kernel.shared in (max(plain.shared, of_tiles), plain.shared + of_tiles)
 
 
 @pytest.mark.parametrize("columns", [100, 1000, 1001, 4096])
