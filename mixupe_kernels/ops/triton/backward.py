@@ -46,7 +46,7 @@ from .rows import (
 )
 
 # lse up to here, rounded, is exact enough: lse_is_exact_to in csrc/row.h says why. 16 bits are the dtype of logits and gradient.
-LSE_IS_EXACT_TO, LSE_IS_EXACT_TO_16_BITS = tl.constexpr(8.0), tl.constexpr(1024.0)
+LSE_IS_EXACT_TO, LSE_IS_EXACT_TO_16_BITS = tl.constexpr(8.0), tl.constexpr(32.0)
 
 
 @triton.jit
