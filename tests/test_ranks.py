@@ -39,11 +39,20 @@ def test_ranks_that_do_not_answer_are_ended(tmp_path):
     assert processes.run([late], 2, tmp_path, timeout=1) == {late: "no answer within 1 seconds"}
 
 
+ABORTED = "terminate called without an active exception"
+
+
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"capture_output": True, "text": True, "check": False, "timeout": processes.TIMEOUT}
-    return subprocess.run(command, cwd=ROOT, env=environment, **options)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, env=environment, **options)
+        # A thread of gloo that drops a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291), once in
+        # some dozens of runs here.
+        if ABORTED not in done.stderr:
+            break
+    return done
 
 
 def test_the_example_trains_the_same_weights_on_all_ranks():
