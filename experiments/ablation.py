@@ -112,8 +112,7 @@ def cells(options: frame.Options) -> list[str]:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
-    network = batched.Networks(range(options.seeds), sizes, device=options.device)
+    network = sets.networks(parts)
     batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.length(1, 60, 200))
     figures = zip(
         batched.errors(network, parts.x_test, parts.test),

@@ -44,10 +44,9 @@ def attack(
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    sizes, epochs = (parts.x_train.shape[2], 128, 128, parts.classes), options.length(3, 100, 200)
-    network = batched.Networks(range(options.seeds), sizes, device=options.device)
+    network, epochs = sets.networks(parts), options.length(3, 100, 200)
     batched.trained(network, parts.x_train, parts.train, METHODS[cell], epochs)
-    other = batched.Networks(range(1000, 1000 + options.seeds), sizes, device=options.device)
+    other = sets.networks(parts, first_seed=1000)
     batched.trained(other, parts.x_train, parts.train, batched.erm, epochs)
     reach = parts.x_train.amax(1, keepdim=True) - parts.x_train.amin(1, keepdim=True)
     found = {("none", "none", "0"): parts.x_test}

@@ -22,8 +22,7 @@ def cells(options: frame.Options) -> list[str]:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     alpha, table = float(cell), sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
-    network = batched.Networks(range(options.seeds), sizes, device=options.device)
+    network = sets.networks(parts)
     objective = batched.mixup(alpha) if alpha else batched.erm
     batched.trained(network, parts.x_train, parts.train, objective, options.length(3, 100, 200))
     clean = batched.losses(network, parts.x_train, parts.train)

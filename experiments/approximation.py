@@ -58,8 +58,7 @@ def measure(network, x: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[s
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
-    networks = batched.Networks(range(options.seeds), sizes, device=options.device)
+    networks = sets.networks(parts)
     epochs, rows = (0, options.epochs) if options.epochs else options.pick((0, 2), EPOCHS), []
 
     def look(epoch):

@@ -35,8 +35,7 @@ def jacobian_norms(network: batched.Networks, x: torch.Tensor) -> torch.Tensor:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, rows=1000)
-    sizes, device = (parts.x_train.shape[2], 128, 128, parts.classes), options.device
-    network = batched.Networks(range(options.seeds), sizes, device=device)
+    network, device = sets.networks(parts), options.device
     batched.trained(network, parts.x_train, parts.train, METHODS[cell], options.length(3, 100, 200))
     pairs = options.pick(50, 2000)
     own, other = [], []

@@ -75,8 +75,7 @@ class Learned:
 def run(cell: str, options: frame.Options) -> list[frame.Row]:
     case, method = cell.split(": ")
     parts = sets.stacked(sets.digits_table(options), options, rows=ROWS, corrupted=CASES[case])
-    sizes = (parts.x_train.shape[2], 128, 128, parts.classes)
-    network = batched.Networks(range(options.seeds), sizes, device=options.device)
+    network = sets.networks(parts)
     learned, rows = None, []
     objective = batched.erm
     if method == "learned":

@@ -42,8 +42,7 @@ def run(cell: str, options: frame.Options) -> list[frame.Row]:
     share, (alpha, dropout) = float(share_text), METHODS[name]
     table = sets.digits_table(options)
     parts = sets.stacked(table, options, corrupted=share)
-    sizes = (parts.x_train.shape[2], *HIDDEN, parts.classes)
-    network = batched.Networks(range(options.seeds), sizes, dropout, options.device)
+    network = sets.networks(parts, HIDDEN, dropout)
     objective = batched.mixup(alpha) if alpha else batched.erm
     test = []
     for trained in batched.train(network, parts.x_train, parts.train, objective, options.length(3, 40, 200)):

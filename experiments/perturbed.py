@@ -110,7 +110,7 @@ def train(table: data.Table, options: frame.Options) -> list[frame.Row]:
         targets = torch.stack([a.targets(own) for a, own in zip(approximations, labels, strict=True)])
         return -(targets * network(pulled(x)).log_softmax(2)).sum(2).mean(1)
 
-    sizes, rows = (parts.x_train.shape[2], 128, 128, parts.classes), []
+    rows = []
     for objective, kinds in (
         (batched.erm, {"ERM": parts.x_test}),
         (batched.mixup(1.0), {"Mixup": parts.x_test, "Mixup, pulled at test": pulled(parts.x_test)}),
@@ -119,7 +119,7 @@ def train(table: data.Table, options: frame.Options) -> list[frame.Row]:
             {"Approximated Mixup": pulled(parts.x_test), "Approximated Mixup, not pulled at test": parts.x_test},
         ),
     ):
-        network = batched.Networks(range(options.seeds), sizes, device=options.device)
+        network = sets.networks(parts)
         batched.trained(network, parts.x_train, parts.train, objective, epochs)
         for name, x in kinds.items():
             figures = zip(batched.errors(network, x, parts.test), batched.losses(network, x, parts.test), strict=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import data
+from . import batched, data
 from .frame import Options
 
 
@@ -45,3 +45,11 @@ def stacked(table: data.Table, options: Options, rows: int | None = None, corrup
     parts[1] = torch.stack(noisy)
     wrong = parts[1] != clean
     return Stacked(*(part.to(options.device) for part in parts), table.num_classes, wrong.to(options.device))
+
+
+def networks(
+    parts: Stacked, hidden: tuple[int, ...] = (128, 128), dropout: float = 0.0, first_seed: int = 0
+) -> batched.Networks:
+    """A network for each seed's rows, where they are."""
+    seeds = range(first_seed, first_seed + len(parts.train))
+    return batched.Networks(seeds, (parts.x_train.shape[2], *hidden, parts.classes), dropout, parts.train.device)
