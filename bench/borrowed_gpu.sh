@@ -39,12 +39,6 @@ build() {
     timeout 150 cmake --build "$folder"
 }
 
-# The table by size goes into the log: eight files come back at most. Pictures are drawn from the rows.
-log_table() {
-  cat "$1/by_size.txt"
-  rm -f "$1"/*.png "$1/by_size.txt"
-}
-
 walk() {
   facts || { build && facts; } || echo "not every backend is here"
 
@@ -53,7 +47,7 @@ walk() {
 
   echo "== headline cases"
   timeout "$(at_most 200)" "${BENCH[@]}" --quick --seconds "$(at_most 170)" --out "$OUT/quick"
-  log_table "$OUT/quick"
+  rm -f "$OUT"/quick/*.png
 
   echo "== GPU tests"
   timeout "$(at_most 140)" "$PYTHON" -m pytest -m gpu tests/ops tests/test_gpu.py -q -n "$(($(nproc) * 3 / 4 + 1))" --tb=short \
@@ -63,8 +57,7 @@ walk() {
   echo "== other cases"
   if [ "$(left)" -gt 60 ]; then
     timeout "$(left)" "${BENCH[@]}" --rest --seconds "$(($(left) - 30))" --out "$OUT/rest"
-    log_table "$OUT/rest"
-    rm -f "$OUT/rest/results.json"
+    rm -f "$OUT"/rest/*.png "$OUT"/rest/results.json
   fi
 
   echo "== compute-sanitizer"
