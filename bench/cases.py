@@ -26,12 +26,13 @@ class Case:
 
     Attributes:
         family: which workload builds it, a key of ``bench.workloads.WORKLOADS``.
-        shape: of x for mixing, (B, ...); (B, C) for the whole loss, which has 2B rows; (N, D, C) for the linear loss; (N, C)
-            for the rest.
+        shape: of x for mixing, (B, ...); (B, C) for the whole loss, which has 2B rows; (N, D, C) for the linear loss;
+            (B, D, C) for a step; (N, C) for the rest.
         dtype: of what is written (mixing) or of the logits; mixing "uint8" images reads uint8.
         dry_shape: what a dry run has instead, small enough for Triton's interpreter.
         bars: what it has to clear.
         quick: part of ``--quick``.
+        rounds: of turns, in a run that is not quick: fewer where a call takes a second.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Case:
     dry_shape: tuple[int, ...] = ()
     bars: tuple[Bar, ...] = ()
     quick: bool = True
+    rounds: int = 61
 
     @property
     def label(self) -> str:
@@ -109,9 +111,12 @@ CPU_CASES = (
     Case("mixupe_loss", (256, 1000), "bfloat16", bars=(Bar(FLOAT32, 1),)),
     Case("mixupe_loss", (4096, 1000), "bfloat16", bars=(Bar(FLOAT32, 1),), quick=False),
     *(
-        Case("linear loss", shape, bars=(Bar(LINEAR_CROSS_ENTROPY, 1 / 1.05),), quick=False)
+        Case("linear loss", shape, bars=(Bar(LINEAR_CROSS_ENTROPY, 1 / 1.05),), quick=False, rounds=21)
         for shape in ((512, 768, 21841), (1024, 768, 21841), (512, 512, 8192), (512, 768, 50257))
     ),
+    Case("compiled step", (100, 64, 10), bars=(Bar(COMPILE, 1 / 1.02),)),
+    Case("compiled step", (100, 64, 100), bars=(Bar(COMPILE, 1),), quick=False),
+    Case("compiled step", (256, 64, 1000), bars=(Bar(COMPILE, 1),), quick=False),
     Case("mix", (100, 64), bars=(Bar(EAGER, 1.5),)),
     Case("mix", IMAGES, bars=(Bar(EAGER, 3.5), Bar(COMPILE, 1))),
     Case("mix out=", IMAGES, bars=(Bar(COPY, 1 / 1.05),)),

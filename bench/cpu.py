@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     for case in CPU_CASES:
         if options.only not in case.label or (options.quick and not case.quick):
             continue
-        new_rows, new_verdicts = measure(case, rounds=7 if options.quick else 61)
+        new_rows, new_verdicts = measure(case, rounds=7 if options.quick else case.rounds)
         rows, verdicts = rows + new_rows, verdicts + new_verdicts
         for row in new_rows:
             print(run.line(row), flush=True)

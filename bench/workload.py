@@ -17,16 +17,18 @@ class Workload(NamedTuple):
         calls: contender -> function of inputs to a tuple of result tensors.
         check: (contender, inputs, results) -> largest deviation from the reference; raises where it is too large.
         bytes_moved: the floor, what an ideal kernel would read and write.
+        trains: whether calls differentiate what is no input, a model of their own.
     """
 
     inputs: tuple
     calls: dict[str, Callable[[tuple], tuple[Tensor, ...]]]
     check: Callable[[str, tuple, tuple[Tensor, ...]], float]
     bytes_moved: int
+    trains: bool = False
 
     @property
     def needs_grad(self) -> bool:
-        return any(isinstance(value, Tensor) and value.requires_grad for value in self.inputs)
+        return self.trains or any(isinstance(value, Tensor) and value.requires_grad for value in self.inputs)
 
 
 def within(error: float, dtype: torch.dtype, what: str) -> float:

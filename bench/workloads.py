@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mixupe_kernels as mk
 
-from . import check, eager, mixing, peers
+from . import check, compiled_step, eager, mixing, peers
 from .cases import COMPILE, CROSS_ENTROPY, EAGER, FLOAT32, LINEAR_CROSS_ENTROPY, Case
 from .workload import Workload, within
 
@@ -269,6 +269,7 @@ WORKLOADS = {
     "uint8 normalise mix": mixing.normalise_mix,
     "mixupe_loss": mixupe_loss,
     "linear loss": linear_loss,
+    "compiled step": compiled_step.compiled_step,
     "ce_entropy": ce_entropy,
     "ce_entropy backward": ce_entropy_backward,
     "cross_entropy": cross_entropy,

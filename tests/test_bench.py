@@ -20,6 +20,7 @@ TINY = {
     "mixed and clean out=": (3, 3, 4, 4),
     "uint8 normalise mix": (4, 3, 5, 5),
     "linear loss": (6, 5, 11),
+    "compiled step": (8, 5, 11),
 }
 
 
