@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+import mixupe_kernels as mk
+from mixupe_kernels.ops.losses import mixupe_loss_backward_op, mixupe_loss_op
+from mixupe_kernels.ops.registration import apply_untransformed, below_autograd
+
 from .cases import ENQUEUE, Row, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +41,25 @@ class _Nothing(torch.autograd.Function):
         return torch.empty_like(ctx.gradient), None, None
 
 
-def parts() -> dict[str, Callable[[], object]]:
-    """The whole call, then what it is made of: each contains the ones after it in forward or backward."""
-    import mixupe_kernels as mk
+class _Bare(torch.autograd.Function):
+    """The two operators and what one hands the other, nothing asked or checked: the least that Python does."""
 
+    @staticmethod
+    def forward(ctx, logits, labels, partner_labels, lam, eta, reg_weight, num_mixed, num_reg):
+        row_target = labels, partner_labels, lam
+        loss, *stats = below_autograd(mixupe_loss_op, logits, *row_target, eta, reg_weight, num_mixed, num_reg)
+        ctx.save_for_backward(logits, *row_target, *stats)
+        ctx.num_mixed = num_mixed
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient = below_autograd(mixupe_loss_backward_op, grad, *ctx.saved_tensors, ctx.num_mixed)
+        return gradient, *[None] * 7
+
+
+def parts() -> dict[str, Callable[[], object]]:
+    """The whole call, then what it is made of."""
     rows, classes = SHAPE
     logits = torch.randn(rows, classes, dtype=torch.float16, requires_grad=True)
     labels, lam, mixed = torch.randint(classes, (rows,)), torch.rand(rows), rows * 4 // 5
@@ -48,13 +67,18 @@ def parts() -> dict[str, Callable[[], object]]:
     target = mk.MixedTarget(labels, labels.flip(0), lam, mixed, rows - mixed, weight)
     criterion, eta = mk.MixupELoss(), torch.tensor(1e-3)
     forward = (logits.detach(), *target[:3], eta, weight, mixed, rows - mixed)
-    _, *stats = torch.ops.mixupe.mixupe_loss(*forward)
+    _, *stats = mixupe_loss_op(*forward)
     backward = (one, *forward[:4], *stats, mixed)
     out = torch.empty_like(forward[0])
+    bare = apply_untransformed(_Bare)
 
     def whole():
         logits.grad = None
         criterion(logits, target).backward()
+
+    def operators():
+        logits.grad = None
+        bare(logits, *forward[1:]).backward()
 
     def nothing():
         logits.grad = None
@@ -66,12 +90,12 @@ def parts() -> dict[str, Callable[[], object]]:
 
     return {
         WHOLE: whole,
-        "criterion": lambda: criterion(logits, target),
+        "the two operators in a bare Function": operators,
+        "a Function of nothing": nothing,
+        "criterion, forward alone": lambda: criterion(logits, target),
         "criterion, no gradient": without_gradient,
-        "operator forward": lambda: torch.ops.mixupe.mixupe_loss(*forward),
-        "operator backward": lambda: torch.ops.mixupe.mixupe_loss_backward(*backward),
-        "autograd, nothing to do": nothing,
-        "operator backward, no allocation": lambda: torch.ops.mixupe.mixupe_loss_backward_out(*backward, out=out),
+        "operator, forward": lambda: below_autograd(mixupe_loss_op, *forward),
+        "operator, backward": lambda: below_autograd(mixupe_loss_backward_op, *backward),
     }
 
 
@@ -102,8 +126,6 @@ def measure() -> tuple[list[Row], list[Verdict]]:
 
 
 def main() -> None:
-    import mixupe_kernels as mk
-
     torch.set_num_threads(1)
     with mk.use_backend("cuda_emulated"):
         calls = parts()

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import results
+from . import host, results
+from .cases import AT_MOST, ENQUEUE
 from .methods import POLICIES, TABULAR
 from .results import RESULTS
 
@@ -29,10 +30,14 @@ def _machine(path: Path) -> str:
     return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}"
 
 
+def _unit(against: str) -> str:
+    return "µs" if against == ENQUEUE else "×"
+
+
 def _measured(row: dict[str, str] | None) -> str:
     if row is None or not row["measured"]:
         return "unmeasured"
-    measured = f"{float(row['measured']):.2f} ×"
+    measured = f"{float(row['measured']):.{1 if row['against'] == ENQUEUE else 2}f} {_unit(row['against'])}"
     return measured if row["met"] == "True" else f"**{measured}**"
 
 
@@ -48,13 +53,24 @@ def cpu() -> list[str]:
     body = []
     for (case, against), row in machines[0].items():
         cells = [_measured(machine.get((case, against))) for machine in machines]
-        body.append([case, against, f"{float(row['bar']):.3g} ×", *cells])
+        bar = f"{'at most ' if against in AT_MOST else ''}{float(row['bar']):.3g} {_unit(against)}"
+        body.append([case, against, bar, *cells])
     names = [_machine(folder / "results.json") for folder in folders]
     note = (
         "Their time over ours, medians of interleaved rounds; a figure in bold misses its bar. Machines: "
         f"{'; '.join(names)}. Pictures: {', '.join(f'`bench/results/{folder.name}/`' for folder in folders)}."
     )
     return [note, "", *_table(["case", "against", "bar", *(name.split(",")[0] for name in names)], body)]
+
+
+def host_share() -> list[str]:
+    """What the host does for a loss on a device, in parts."""
+    rows = [row for row in _read(RESULTS / "cpu" / "rows.csv") if row["case"] == host.CASE and row["enqueue_seconds"]]
+    if not rows:
+        return ["Not measured yet."]
+    body = [[row["provider"], f"{1e6 * float(row['enqueue_seconds']):.1f}"] for row in rows]
+    note = f"{_machine(RESULTS / 'cpu' / 'results.json')}; one of the threads; `python -m bench cpu`."
+    return [note, "", *_table([host.CASE, "µs"], body)]
 
 
 def _methods_table(rows: list[dict[str, str]]) -> list[str]:
@@ -342,6 +358,7 @@ def ranks() -> list[str]:
 
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "cpu": cpu,
+    "host": host_share,
     "step": step,
     "quality": quality,
     "images": images,
