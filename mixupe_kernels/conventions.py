@@ -8,6 +8,10 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default
 
+# Before torch 2.13 Dynamo takes torch.compiler.is_exporting() for true in every graph that it traces
+# (pytorch/pytorch#176347), and can trace no Gamma variates.
+OLD_COMPILER = torch.__version__ < "2.13"
+
 
 class Penalty(NamedTuple):
     """What R averages: a function of (q̂, threshold), and its slope, the derivative in q̂ that the backward uses.

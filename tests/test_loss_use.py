@@ -107,6 +107,16 @@ def test_a_compiled_loss_is_one_operator_with_its_gradient():
     torch.testing.assert_close(compiled_gradient, expected)
 
 
+def test_a_compiled_loss_tells_its_parts():
+    labels, logits = torch.randint(CLASSES, (8,)), torch.randn(8, CLASSES, requires_grad=True)
+    target, criterion = mk.MixedTarget(labels, labels.flip(0), torch.rand(8), 4, 4, 0.3), mk.MixupELoss(0.4)
+    criterion(logits, target)
+    expected, criterion._last[0] = criterion.last, None
+    torch._dynamo.reset()
+    torch.compile(criterion, backend="aot_eager", fullgraph=True)(logits, target)
+    torch.testing.assert_close(criterion.last, expected)
+
+
 def test_a_loss_whose_graph_is_run_as_it_is_has_second_derivatives():
     """Compilers that differentiate ahead refuse them; Dynamo's own trace of a Function's backward loses them."""
     labels, lam = torch.randint(CLASSES, (8,)), torch.rand(8)

@@ -64,7 +64,7 @@ def _loss(
             loss, parts = ops.fused_loss(parsed.rows, parsed.target, arguments, options.inplace_backward)
     except (RuntimeError, TypeError, ValueError) as error:
         raise renamed(error, target) from None
-    return loss, None if parsed.transformed or torch.compiler.is_exporting() else parts
+    return loss, None if parsed.transformed or ops.is_exporting() else parts
 
 
 def _loss_over_ranks(

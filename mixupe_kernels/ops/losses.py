@@ -28,6 +28,7 @@ from .registration import (
     differentiable,
     differentiates_otherwise,
     each_member,
+    is_exporting,
     is_transformed,
     keep,
     kept,
@@ -362,7 +363,7 @@ def fused_loss(
     device. float16 logits wait for the upstream gradient: a loss scaler's factor keeps theirs from underflowing.
     """
     if torch.compiler.is_compiling():
-        differentiated = logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        differentiated = logits.requires_grad and torch.is_grad_enabled() and not is_exporting()
         if differentiated and logits.device.type == "cpu" and logits.dtype is not torch.float16:
             return _compiled_loss(logits, *target, *arguments)
         return mixupe_loss_op(logits, *target, *arguments)[:2]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
+from ..conventions import OLD_COMPILER
 from .arguments import Signature
 
 library = torch.library.Library("mixupe", "DEF")
@@ -57,6 +58,11 @@ def composite(function: Callable) -> Operator:
     library.define(signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(signature.name, signature.taking_flat(function), "CompositeImplicitAutograd")
     return getattr(torch.ops.mixupe, signature.name).default
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work. Where Dynamo cannot tell it from torch.compile, what it traces is compiled."""
+    return torch.compiler.is_exporting() and not (OLD_COMPILER and torch.compiler.is_dynamo_compiling())
 
 
 def signature_of(operator: Operator) -> Signature:
