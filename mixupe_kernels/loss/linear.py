@@ -286,8 +286,9 @@ def linear_mixupe_loss(
             return composed_loss(F.linear(hidden, weight, bias), parsed.target, arguments)[0]
         arguments.check(like)
         parsed.target.check(like)
-        # η may be rewritten before a backward, which is one of the η that was.
-        arguments = arguments._replace(eta=arguments.eta.clone(), reg_weight=arguments.reg_weight.clone())
+        # η may be rewritten before a backward, which is one of the η that was. No _replace: Dynamo of torch 2.11 rebuilds its
+        # result as an empty tuple.
+        arguments = LossArguments(arguments.eta.clone(), arguments.reg_weight.clone(), *arguments[2:])
         differentiated = (part is not None and part.requires_grad for part in (hidden, weight, bias))
         needed = tuple(torch.is_grad_enabled() and needs for needs in differentiated)
         return _LinearLoss.apply(hidden, weight, bias, parsed.target, arguments, like.dtype, chunk_rows, needed)[0]
