@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .. import checks
+from ..conventions import OLD_COMPILER
 
 
 class Stream:
@@ -123,14 +124,16 @@ _by_key: WeakValueDictionary[int, Stream] = WeakValueDictionary()
 Source = torch.Generator | Stream | None
 
 
+_DEFAULT, _default_ticket = -1, torch.zeros(1, dtype=torch.int64, device="cpu")  # of torch's own generators
 _HAVE_GAMMA = ("cpu", "cuda", "meta")  # others have Gamma variates drawn on the CPU
 
 
 def standard_gamma(concentration: Tensor, source: Source) -> Tensor:
     """Gamma(a, 1) for each a. By a private function of torch, since torch.distributions takes no generator."""
-    if isinstance(source, Stream):
+    if isinstance(source, Stream) or (source is None and OLD_COMPILER and torch.compiler.is_compiling()):
+        ticket, key = (_default_ticket, _DEFAULT) if source is None else (source.ticket, source.key)
         size, dtype, device = concentration.shape, concentration.dtype, concentration.device
-        return from_stream(source.ticket, source.key, "standard_gamma", size, dtype, device, concentration)
+        return from_stream(ticket, key, "standard_gamma", size, dtype, device, concentration)
     device = concentration.device
     if device.type in _HAVE_GAMMA:
         return torch._standard_gamma(concentration, generator=source)
@@ -152,7 +155,7 @@ def from_stream(
     concentration: Tensor | None = None,
 ) -> Tensor:
     ticket += 1
-    generator = _by_key[key].generator
+    generator = None if key == _DEFAULT else _by_key[key].generator
     if concentration is not None:
         return standard_gamma(concentration, generator)
     if law == "randperm":
