@@ -42,9 +42,10 @@ class Leg(NamedTuple):
 
 # What meets torch's interfaces; what measures, trains or compiles for other devices is of the legs that have the means.
 TORCH = Run(
-    "ops integrations test_transforms test_loss test_loss_use test_linear test_training test_metrics test_mixed_target "
-    "test_exact test_penalty test_ignored test_manifold test_mixup test_several_inputs test_schedule test_names test_workers"
+    "ops integrations batch test_transforms test_loss test_loss_use test_linear test_training test_metrics "
+    "test_mixed_target test_exact test_penalty test_ignored test_manifold"
 )
+COMPILED = Run("test_compiled test_loss test_loss_use test_linear")
 TRITON = (Run("test_triton_aot"), Run("ops test_triton_interpreter", interpreted=True))
 LEGS = {
     "torch-2.10": Leg((TORCH,)),
@@ -55,7 +56,7 @@ LEGS = {
     "libraries": Leg((Run("", libraries=True),)),
     "emulation": Leg((Run("ops test_emulated test_cuda_build", thorough=True),), emulates=True),
     "experiments": Leg((Run("experiments", thorough=True, libraries=True),), shares="libraries"),
-    "borrowed-gpu": Leg((Run("test_borrowed_gpu", thorough=True),), python="3.12"),
+    "borrowed-gpu": Leg((Run("test_borrowed_gpu", thorough=True), COMPILED), python="3.12"),
     "sanitizers": Leg((Run("ops test_fuzz", sanitized=True),), sanitizes=True),
 }
 
