@@ -66,10 +66,14 @@ GRADIENT_CASES = list(gradient_cases())
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
-def test_gradcheck(backend, name):
+def test_gradcheck(backend, slow, name):
+    """Every entry of the Jacobian; of a slow backend its products with random vectors, which take an eighth of the time.
+
+    One entry has little weight in those: an error of a hundredth shows at these tolerances, not at gradcheck's own.
+    """
     function, *inputs = gradient_cases()[name]
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(function, inputs, atol=1e-7, rtol=1e-5, fast_mode=slow)
 
 
 def test_lam_has_a_gradient_through_uint8_images(backend):
