@@ -13,6 +13,8 @@ import mixupe_kernels as mk
 from mixupe_kernels import __main__ as doctor
 from mixupe_kernels.ops import backends, registration
 
+from .conftest import why_missing
+
 
 def test_reference_is_always_there():
     assert "reference" in mk.available_backends()
@@ -114,6 +116,14 @@ def test_the_rows_by_size_are_of_operators_and_backends():
             assert operator in registration.operators()
             assert [row.elements for row in rows] == sorted({row.elements for row in rows})
             assert {row.backend for row in rows} <= set(names)
+
+
+def test_a_library_has_no_other_librarys_operators():
+    """Of two that serve one device: the emulated one leaves batch norm to PyTorch's kernels, whatever cpp has."""
+    if why_missing("cuda_emulated"):
+        pytest.skip("_cuda_emulated is not built")
+    (line,) = [backend for backend in backends.BACKENDS if backend.name == "cuda_emulated"]
+    assert set(registration.operators()) - set(line.functions()) == {"normalise_apart", "normalise_apart_backward"}
 
 
 def test_users_are_not_told_of_what_is_for_tests(monkeypatch):

@@ -71,12 +71,6 @@ def _cuda() -> Functions:
     return _compiled("cuda", "_cuda", "CUDA")
 
 
-def _cuda_emulated() -> Functions:
-    """Less what the CUDA library leaves to PyTorch's kernels: on the CPU, another backend's stands under that name."""
-    functions = _compiled("cuda_emulated", "_cuda_emulated", "CPU")
-    return {name: function for name, function in functions.items() if not name.startswith("normalise_apart")}
-
-
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The table. A further backend is one line here, and the file that its functions are in.
@@ -84,10 +78,11 @@ BACKENDS = (
     Backend("cpp", ("CPU",), lambda: _compiled("cpp", "_cpu", "CPU")),
     Backend("triton", ("CUDA",), _triton, on_request=("CPU",) if _INTERPRETED else ()),
     Backend("cuda", ("CUDA",), _cuda),
+    # Registered for a key that nobody else has: under CPU, what it leaves to PyTorch's kernels would be found as cpp's.
     Backend(
         "cuda_emulated",
         (),
-        _cuda_emulated,
+        lambda: _compiled("cuda_emulated", "_cuda_emulated", "PrivateUse1"),
         on_request=("CPU",),
         listed=False,
     ),
@@ -233,7 +228,7 @@ def _serve() -> None:
             backend = _chosen(key)
             if backend.name == _native[key] and key not in _with_switches and not debug.ON:
                 continue
-            served = _served_by(backend, key)
+            served = {operator: _for_switch(operator, key, backend) for operator in operators()}
             if not any(key in request.keys + request.on_request for request in _requests):
                 served |= {
                     operator: _sized(operator, key, rows, served[operator])
@@ -243,16 +238,10 @@ def _serve() -> None:
             _put_in_switches(key)
 
 
-def _served_by(backend: Backend, key: str) -> Functions:
-    """Each operator as a switch calls it, where one backend serves all sizes."""
-    given = {**registration.references(), **backend.functions()}
-    return {operator: _for_switch(operator, key, backend, given[operator]) for operator in operators()}
-
-
 def _sized(operator: str, key: str, rows: tuple[From, ...], default: Callable[..., Any]) -> Callable[..., Any]:
     """The operator by the rows of ``BY_SIZE``; ``default`` below the first of them."""
     named = {backend.name: backend for backend in BACKENDS if key in backend.keys and not _why_missing(backend)}
-    functions = [(elements, _served_by(named[name], key)[operator]) for elements, name in rows if name in named]
+    functions = [(elements, _for_switch(operator, key, named[name])) for elements, name in rows if name in named]
 
     def call(keyset, *args, **kwargs):
         size = max(value.numel() for value in args if isinstance(value, torch.Tensor))
@@ -265,8 +254,9 @@ def _sized(operator: str, key: str, rows: tuple[From, ...], default: Callable[..
     return call
 
 
-def _for_switch(operator: str, key: str, backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as a switch calls it: with the call's set of dispatch keys first, and logged if that is asked for."""
+def _for_switch(operator: str, key: str, backend: Backend) -> Callable[..., Any]:
+    """A backend's operator as a switch calls it: with the call's set of dispatch keys first, and logged if that is asked for."""
+    function = {**registration.references(), **backend.functions()}[operator]
     called = (
         function if getattr(function, "takes_keyset", False) else lambda _, *args, **kwargs: function(*args, **kwargs)
     )
