@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -106,12 +105,11 @@ class SplitBatchNorm(_BatchNorm):
         return torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
 
     def _normalise(self, x: Tensor, mixed: int, mean: Tensor | None, var: Tensor | None, momentum: float) -> Tensor:
+        layer = ops.NormLayer(self.weight, self.bias, mean, var, momentum, self.eps)
         ranks = self._ranks() if self.synchronised else None
         if ranks is not None:
-            return batch_norm_over_ranks(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps, ranks)
-        if mixed in (0, x.shape[0]):
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
-        return ops.batch_norm_apart(x, mixed, self.weight, self.bias, mean, var, momentum, self.eps)
+            return batch_norm_over_ranks(x, mixed, layer, ranks)
+        return layer.normalise(x) if mixed in (0, x.shape[0]) else ops.batch_norm_apart(x, mixed, layer)
 
     def _ranks(self) -> Any:
         """The process group whose rows a ``synchronised`` layer normalises together; None if it is alone in it."""

@@ -14,13 +14,14 @@ from .arguments import (
 from .double_backward import alias
 from .losses import ce_entropy, ce_entropy_backward, fused_loss, is_one, mixupe_loss_backward_out_op
 from .mixing import gather_sum_op, mix, mix_op, mix_out_op, mixed_target_op
-from .normalising import batch_norm_apart
+from .normalising import NormLayer, batch_norm_apart
 from .registration import call, in_backward, is_exporting, is_transformed, operators
 
 __all__ = [
     "LossArguments",
     "LossStats",
     "Mixing",
+    "NormLayer",
     "Parts",
     "RowGradients",
     "RowOptions",

@@ -1,5 +1,7 @@
 """Training-mode batch norm of two kinds of rows, each by its own statistics. Definition, fake, operator, backward, function."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,11 +104,31 @@ normalise_apart_backward_op = without_gradient(
 )
 
 
+class NormLayer(NamedTuple):
+    """What a BatchNorm layer has for a batch in training. ``momentum`` weighs the batch's part of the running statistics."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+
+    def normalise(self, x: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+
+    def without_following(self) -> "NormLayer":
+        """The same with running statistics that nobody reads: a layer without a weight computes in their precision."""
+        mean, var = (None if value is None else torch.zeros_like(value) for value in self[2:4])
+        return self._replace(running_mean=mean, running_var=var, momentum=0.0)
+
+
 class _NormaliseApart(torch.autograd.Function):
     """Without a ``setup_context``, for which ``apply`` takes 100 µs a call."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, num_mixed, momentum, eps, running_mean, running_var):
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, num_mixed):
         written = {"running_mean": running_mean, "running_var": running_var}
         out, mean, inverse = normalise_apart_op(x, weight, bias, num_mixed, momentum, eps, **written)
         ctx.save_for_backward(x, weight, mean, inverse)
@@ -123,26 +145,14 @@ class _NormaliseApart(torch.autograd.Function):
         return *(gradient if need else None for gradient, need in needed), *[None] * 5
 
 
-def batch_norm_apart(
-    x: Tensor,
-    num_mixed: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def batch_norm_apart(x: Tensor, num_mixed: int, layer: NormLayer) -> Tensor:
     """``F.batch_norm`` in training, of x[:num_mixed] and of x[num_mixed:]; the running statistics follow the latter.
 
     The plain form is two calls and their concatenation: a compiled graph fuses them, forward mode and torch.func transform
     them, and PyTorch knows layers of half precision. Elsewhere the concatenation would be a pass over the activations.
     """
-    accurate = (x if weight is None else weight).dtype is accumulate_dtype(x.dtype)
+    accurate = (x if layer.weight is None else layer.weight).dtype is accumulate_dtype(x.dtype)
     if torch.compiler.is_compiling() or is_transformed(x) or not accurate or x.numel() == 0:
-        # A layer without a weight computes in the precision of its running statistics.
-        mean, var = (None if value is None else torch.zeros_like(value) for value in (running_mean, running_var))
-        first = F.batch_norm(x[:num_mixed], mean, var, weight, bias, True, 0.0, eps)
-        last = F.batch_norm(x[num_mixed:], running_mean, running_var, weight, bias, True, momentum, eps)
-        return torch.cat([first, last])
-    return _NormaliseApart.apply(x, weight, bias, num_mixed, momentum, eps, running_mean, running_var)
+        mixed, clean = (x[rows] for rows in kinds(num_mixed))
+        return torch.cat([layer.without_following().normalise(mixed), layer.normalise(clean)])
+    return _NormaliseApart.apply(x, *layer, num_mixed)

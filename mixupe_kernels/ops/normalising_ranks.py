@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..conventions import accumulate_dtype
-from .normalising import kinds
+from .normalising import NormLayer, kinds
 from .ranks import all_gather, once
 from .reference import per_channel
 
@@ -83,26 +83,16 @@ class _OverRanks(torch.autograd.Function):
         )
 
 
-def batch_norm_over_ranks(
-    x: Tensor,
-    num_mixed: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: Any,
-) -> Tensor:
+def batch_norm_over_ranks(x: Tensor, num_mixed: int, layer: NormLayer, group: Any) -> Tensor:
     """``batch_norm_apart`` over the rows of all ranks of ``group``, each of which has any number of each kind.
 
     The running statistics follow the clean rows, or the mixed ones where no rank has a clean row.
     """
-    out, mean, variance, total = _OverRanks.apply(x, weight, bias, num_mixed, eps, group)
-    if running_mean is not None and running_var is not None:
+    out, mean, variance, total = _OverRanks.apply(x, layer.weight, layer.bias, num_mixed, layer.eps, group)
+    if layer.running_mean is not None and layer.running_var is not None:
         followed = (total[1] > 0).long()
         mean, variance, values = (value.index_select(0, followed).squeeze(0) for value in (mean, variance, total))
         unbiased = variance * (values / (values - 1).clamp(min=1))
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
+        layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), layer.momentum)
     return out
