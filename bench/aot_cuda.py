@@ -58,13 +58,13 @@ def _readable(mangled: str) -> str:
     return name.rsplit("(", 1)[0].strip()
 
 
-# C++'s variants: file, pattern of the kernel's name, the cases they serve.
+# C++'s variants: file, pattern of the kernel's name, the cases they serve, and into how many parts a sample is cut there.
 CUDA = (
-    ("loss.cu", "(forward|backward)_rows<Team<32>, false, {}>", "mixupe_loss", "mixed", (4096, 1000)),
-    ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (1024, 21841)),
-    ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (64, 128256)),
-    ("mix.cu", "mix_aligned<false, {}, .*", "mix", "random", (256, 3, 224, 224)),
-    ("mix.cu", "mix_aligned<true, {}, .*", "mix", "flip", (256, 3, 224, 224)),
+    ("loss.cu", "(forward|backward)_rows<Team<32>, false, {}>", "mixupe_loss", "mixed", (4096, 1000), 1),
+    ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (1024, 21841), 1),
+    ("loss.cu", "(forward|backward)_parts<Team<256>, false, {}>", "mixupe_loss", "mixed", (64, 128256), 4),
+    ("mix.cu", "mix_aligned<false, {}, .*", "mix", "random", (256, 3, 224, 224), 1),
+    ("mix.cu", "mix_aligned<true, {}, .*", "mix", "flip", (256, 3, 224, 224), 1),
 )
 CUDA_NAMES = {
     "float32": "float",
@@ -85,12 +85,13 @@ def compile_rows(source: str, target: str) -> list[Kernel]:
             sum(i.is_wide("STG") and i.width >= 16 for i in kernel.code), "cuda",
         )  # fmt: skip
         served = []
-        for (file, pattern, operator, kind, shape), (dtype, cpp) in itertools.product(CUDA, CUDA_NAMES.items()):
+        for (file, pattern, operator, kind, shape, parts), (dtype, cpp) in itertools.product(CUDA, CUDA_NAMES.items()):
             known = dtype != "uint8" or operator == "mix"
             if known and file == source and re.fullmatch(pattern.format(cpp), kernel.name):
                 case = Case(operator, kind, dtype, shape)
                 row = dataclasses.replace(base, case=str(case))
-                work = math.prod(shape[1:]) / (32 if "Team<32>" in kernel.name else 256) if operator != "mix" else 32
+                threads = 32 if "Team<32>" in kernel.name else 256
+                work = math.prod(shape[1:]) / parts / threads if operator != "mix" else 32
                 served.append(counted(row, case, kernel.code, work))
         rows += served or ([base] if kernel.spilled else [])
     return rows

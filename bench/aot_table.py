@@ -66,6 +66,8 @@ COUNTED = {
     "mix_pairs": (True, 0),
     "forward_rows": (False, 1),
     "backward_rows": (True, 1),
+    "forward_parts": (False, 1),
+    "backward_parts": (True, 1),
     "mix_aligned": (True, 0),
 }
 COUNTED_TARGETS = ("sm_90", "sm_100")
@@ -84,7 +86,7 @@ class Bar(NamedTuple):
 # One exception: batches of fewer than 2048 rows have a warp a row and no loop, so that more multiprocessors have work. Counted
 # whole, a row of 1000 takes 17 instructions an element forward and 24 backward there, and the batch is too small to wait for them.
 ROWS = r"mixed-bfloat16-(4096x1000|1024x21841|64x128256) {}"
-FORWARD, BACKWARD = ROWS.format("(row_stats|forward_rows)"), ROWS.format("(row_gradient|backward_rows)")
+FORWARD, BACKWARD = ROWS.format("(row_stats|forward)"), ROWS.format("(row_gradient|backward)")
 IMAGES = "mix-(random|flip)-{}-256x3x224x224 mix_"
 BARS = (
     Bar(FORWARD, "instructions", 10),

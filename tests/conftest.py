@@ -52,6 +52,7 @@ ON_CUDA = ON_CUDA if torch.cuda.is_available() and not INTERPRETED else []
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`python -m bench gpu` runs these)")
     config.addinivalue_line("markers", "thorough: left out where a backend is slow")
+    config.addinivalue_line("markers", "for_devices: looks at what only backends for devices do")
     config.addinivalue_line("markers", "host: needs CPU tensors (values are refused there, or NumPy looks at them)")
     config.addinivalue_line(
         "markers", "by_torch: devices have PyTorch's kernels for it, which on the CPU are the reference"
@@ -69,6 +70,7 @@ def unfit(item) -> bool:
         return False
     return bool(
         (served.slow and item.get_closest_marker("thorough"))
+        or (served.device == "cpu" and served.name not in FOR_DEVICES and item.get_closest_marker("for_devices"))
         or (served.device != "cpu" and item.get_closest_marker("host"))
         or (served.device == "cpu" and served.name in FOR_DEVICES and item.get_closest_marker("by_torch"))
         or (not served.refuses and item.get_closest_marker("refuses"))

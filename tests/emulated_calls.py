@@ -1,4 +1,4 @@
-"""Calls that run every CUDA kernel at least once: rows for a warp and for a block, samples of one tile and of several.
+"""Calls that run every CUDA kernel at least once: rows for a warp, a block and several blocks, samples of one tile and of several.
 
 As a program it makes them on the emulated device: `python -m tests.emulated_calls`.
 """
@@ -29,6 +29,9 @@ def loss_calls(shape, dtype, kind, shift=0.0, plain=False):
     loss, parts, *saved = ops.mixupe_loss(*fused)
     yield from (loss, parts, *saved, *ops.mixupe_loss_with_gradient(*fused))
     yield ops.mixupe_loss_backward(one, logits, *target, parts, *saved, rows // 2, 0, *tail)
+    in_place = logits.clone()
+    ops.mixupe_loss_backward_out(one, in_place, *target, parts, *saved, rows // 2, 0, *tail, out=in_place)
+    yield in_place
     options = (None if plain else torch.rand(shape[1], dtype=one.dtype), smoothing, -100, sigmoid)
     ce, entropy, lse = ops.ce_entropy(logits, *target, *options)
     yield from (ce, entropy, lse)
@@ -58,6 +61,10 @@ CALLS = {
     "loss, labels alone, a block a row": lambda: loss_calls((3, 1504), torch.bfloat16, "mixed", plain=True),
     "loss, dense": lambda: loss_calls((3, 1500), torch.float64, "dense"),
     "loss, far from 0": lambda: loss_calls((3, 1500), torch.float32, "index", shift=300.0),
+    "loss, rows in parts": lambda: loss_calls((2, 9001), torch.float32, "mixed", shift=300.0),
+    "loss, rows in parts, labels alone": lambda: loss_calls((2, 16400), torch.bfloat16, "mixed", plain=True),
+    "loss, rows in parts, dense": lambda: loss_calls((2, 9001), torch.float64, "dense"),
+    "loss, rows in parts, sigmoid": lambda: loss_calls((2, 9001), torch.float16, "sigmoid"),
     "loss, sigmoid": lambda: loss_calls((3, 1500), torch.float16, "sigmoid"),
     "mix": lambda: mix_calls(torch.randn(3, 7, 50, 60), torch.randint(3, (3,))),
     "mix, flip": lambda: mix_calls(torch.randn(3, 7, 50, 60).bfloat16(), None),

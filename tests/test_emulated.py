@@ -270,7 +270,8 @@ def test_what_would_hang_or_trap_is_an_error(programs, kernel, message):
 MUTANTS = {
     "none": ("team.h", "", "", False, False),
     "a barrier less": ("team.h", "__syncthreads();", "", True, None),  # which may give any number, or an error
-    "labels not written last": ("rows.h", "Team::sync();  // the labels' columns", "//", True, None),
+    "labels not written last": ("backward.h", "Team::sync();  // the labels' columns", "//", True, None),
+    "a part less": ("loss.cu", "grid{job.rows, cut.parts}", "grid{job.rows, cut.parts - 1}", False, True),
     "a block less": ("tiling.h", "return samples * tiles;", "return samples * tiles - 1;", False, True),
 }
 

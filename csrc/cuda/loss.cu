@@ -1,8 +1,9 @@
 // The launches of ce_entropy, mixupe_loss and their backwards. Kernels are in rows.h.
 #include "../operators/loss.h"
 
+#include "backward.h"
+#include "forward.h"
 #include "launch.h"
-#include "rows.h"
 
 namespace mixupe {
 namespace {
@@ -10,25 +11,53 @@ namespace {
 template <typename T>
 void check_values(const Targets<T>&, int64_t) {}  // the kernels assert: see checked_labels
 
-// Calls f with the team for rows of the targets' length and, as a constant, whether they are sigmoid rows.
-template <typename T, typename F>
-void with_variant(const Targets<T>& targets, bool sigmoid, const F& f) {
-  with_team(targets.classes, [&](auto team) { sigmoid ? f(team, std::true_type{}) : f(team, std::false_type{}); });
+// Calls f with whether rows are sigmoid rows, as a constant.
+template <typename F>
+void with_variant(bool sigmoid, const F& f) {
+  sigmoid ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// Memory for the sums of all parts.
+template <typename Sums>
+Tensor sums_of_parts(int64_t rows, const Cut& cut, const Tensor& like) {
+  return allocate(like, ScalarType::Double, {rows, cut.parts, int64_t(sizeof(Sums) / sizeof(double))});
 }
 
 template <typename L>
 void run_rows(const Forward<L>& job, const Tensor& like) {
-  with_variant(job.targets, job.sigmoid, [&](auto team, auto sigmoid) {
-    using Rows = decltype(team);
-    launch(forward_rows<Rows, sigmoid.value, L>, Rows::blocks(job.shape.rows), Rows::block, like, job);
+  const int64_t rows = job.shape.rows;
+  const Cut cut(rows, job.targets.classes);
+  with_variant(job.sigmoid, [&](auto sigmoid) {
+    constexpr bool is_sigmoid = decltype(sigmoid)::value;
+    if (cut.parts == 1)
+      return with_team(job.targets.classes, [&](auto team) {
+        using Rows = decltype(team);
+        launch(forward_rows<Rows, is_sigmoid, L>, Rows::blocks(rows), Rows::block, like, job);
+      });
+    using Sums = SumsOf<is_sigmoid, Accumulate<L>>;
+    const Tensor sums = sums_of_parts<Sums>(rows, cut, like);
+    const ForwardParts<is_sigmoid, L> parts{job, cut, data<Sums>(sums)};
+    launch(forward_parts<BlockTeam, is_sigmoid, L>, {rows, cut.parts}, BlockTeam::block, like, parts);
+    launch(join_parts<WarpTeam, is_sigmoid, L>, WarpTeam::blocks(rows), WarpTeam::block, like, parts);
   });
 }
 
 template <typename L>
 void run_gradient(const Backward<L>& job, const Tensor& like) {
-  with_variant(job.targets, job.sigmoid, [&](auto team, auto sigmoid) {
-    using Rows = decltype(team);
-    launch(backward_rows<Rows, sigmoid.value, L>, Rows::blocks(job.rows), Rows::block, like, job);
+  const Cut cut(job.rows, job.targets.classes);
+  with_variant(job.sigmoid, [&](auto sigmoid) {
+    constexpr bool is_sigmoid = decltype(sigmoid)::value;
+    if (cut.parts == 1)
+      return with_team(job.targets.classes, [&](auto team) {
+        using Rows = decltype(team);
+        launch(backward_rows<Rows, is_sigmoid, L>, Rows::blocks(job.rows), Rows::block, like, job);
+      });
+    using Sums = SoftmaxSums<Accumulate<L>>;
+    const Tensor sums = sums_of_parts<Sums>(is_sigmoid ? 0 : job.rows, cut, like);
+    const BackwardParts<L> parts{job, cut, data<Sums>(sums)};
+    const Grid grid{job.rows, cut.parts};
+    if (!is_sigmoid) launch(sum_parts<BlockTeam, L>, grid, BlockTeam::block, like, parts);
+    launch(backward_parts<BlockTeam, is_sigmoid, L>, grid, BlockTeam::block, like, parts);
   });
 }
 

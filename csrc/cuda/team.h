@@ -90,13 +90,16 @@ struct Team {
   }
 };
 
+using WarpTeam = Team<32>;
+using BlockTeam = Team<256>;
+
 // A warp's lanes have four to sixteen vectors each at this length; longer rows get a block.
 constexpr int64_t longest_warp_row = 1024;
 
 // Calls f with the team for rows of this length.
 template <typename F>
 void with_team(int64_t length, const F& f) {
-  length <= longest_warp_row ? f(Team<32>{}) : f(Team<256>{});
+  length <= longest_warp_row ? f(WarpTeam{}) : f(BlockTeam{});
 }
 
 }  // namespace mixupe
