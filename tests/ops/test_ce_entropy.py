@@ -72,6 +72,18 @@ def test_target_options(backend, shape, kind, sigmoid):
             check_ce_entropy(logits, target, **options)
 
 
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *thorough(torch.float32)], ids=str)
+def test_labels_at_the_ends_of_rows(backend, dtype, sigmoid):
+    """Each of the first and last columns in rows of every alignment: what lies outside whole vectors has loops of its own."""
+    places = torch.cat([torch.arange(9), torch.arange(993, 1001)])
+    labels = places.repeat(8)
+    logits, lam = make_logits((len(labels), 1001), dtype), torch.rand(len(labels), dtype=compute_dtype(dtype))
+    tail = (labels, labels.roll(1), lam, None, 0.0, -100, sigmoid)
+    _, *saved = check("ce_entropy", logits, *tail)
+    check("ce_entropy_backward", *torch.randn(3, len(labels), dtype=lam.dtype), logits, *saved, *tail)
+
+
 @pytest.mark.thorough  # Triton's are split, in test_triton_interpreter.py
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

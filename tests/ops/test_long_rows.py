@@ -53,7 +53,8 @@ def test_every_target(backend, call, kind):
     check_ce_entropy(make_logits(shape, dtype, layout), target, sigmoid=sigmoid)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *thorough(torch.float64)], ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_options(backend, kind, dtype):
     shape = (2, 9001)
@@ -67,21 +68,21 @@ def test_target_options(backend, kind, dtype):
         check_ce_entropy(make_logits(shape, dtype, "sliced"), target, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16)], ids=str)
-def test_labels_at_the_ends_of_parts(backend, dtype):
-    """Two labels of a row in every pair of places, the same place twice among them: a row each."""
-    pairs = torch.combinations(torch.tensor(PLACES), with_replacement=True)
-    logits = make_logits((len(pairs), 9001), dtype)
-    for some in torch.arange(len(pairs)).split(13):  # few enough to be cut
-        lam = torch.rand(len(some), dtype=compute_dtype(dtype))
-        target = (pairs[some, 0].contiguous(), pairs[some, 1].contiguous(), lam)
-        _, *saved = check("ce_entropy", logits[some], *target)
-        upstream = torch.randn(3, len(some), dtype=lam.dtype).unbind()
-        check("ce_entropy_backward", *upstream, logits[some], *saved, *target)
-
-
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("apart", [1, *thorough(0, 2, 3, 4, 5, 6)])
+def test_labels_at_the_ends_of_parts(backend, apart, dtype, sigmoid):
+    """A row for each place and the one that lies ``apart`` in the list; the same twice where that is 0."""
+    labels = torch.tensor(PLACES)
+    lam = torch.rand(len(labels), dtype=compute_dtype(dtype))
+    logits, tail = make_logits((len(labels), 9001), dtype), (labels, labels.roll(apart), lam, None, 0.0, -100, sigmoid)
+    _, *saved = check("ce_entropy", logits, *tail)
+    check("ce_entropy_backward", *torch.randn(3, len(labels), dtype=lam.dtype), logits, *saved, *tail)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_parts_add_nothing(backend, dtype, sigmoid):
     """The first part, the last one, all but a column of one and of the other."""
     logits = make_logits((5, 9001), dtype)
@@ -93,6 +94,7 @@ def test_masked_parts_add_nothing(backend, dtype, sigmoid):
         check_ce_entropy(logits, target, sigmoid=sigmoid)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind", ["mixed", "dense"])
 def test_nan_and_rows_of_nothing_stay_to_themselves(backend, kind, sigmoid):
@@ -112,7 +114,7 @@ def test_nan_and_rows_of_nothing_stay_to_themselves(backend, kind, sigmoid):
 
 
 # Far from 0 a row's sums are made again for its gradient: nothing of the row may have been written by then.
-@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+@pytest.mark.parametrize("shift", [300.0, *thorough(0.0, -300.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16, torch.float64)], ids=str)
 @pytest.mark.parametrize("kind", ["mixed", "dense"])
 @pytest.mark.parametrize("shape", [(3, 9001), *thorough((2, 30016), (1, 128256))], ids=str)
@@ -129,7 +131,7 @@ def test_the_gradient_in_place(backend, shape, kind, dtype, shift):
 
 
 def test_results_repeat_bit_for_bit(backend):
-    logits, target = make_logits((5, 50021), torch.bfloat16), make_target("mixed", (5, 50021), torch.bfloat16)
+    logits, target = make_logits((5, 20011), torch.bfloat16), make_target("mixed", (5, 20011), torch.bfloat16)
     for smoothing in (0.0, 0.1):
         first, again = (ops.ce_entropy(logits, *target, None, smoothing) for _ in range(2))
         assert all(map(torch.equal, first, again))

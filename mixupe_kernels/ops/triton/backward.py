@@ -59,14 +59,22 @@ def coefficient(grad, row, inside, stride, like):
 
 
 @triton.jit
+def is_written(label, head, body, first, SPAN: tl.constexpr, PEEL: tl.constexpr):
+    """Whether a label's column is one of this program's: of its SPAN columns, or an edge, which the first program writes."""
+    place = label - head
+    if PEEL:
+        place = tl.where((place < 0) | (place >= body), 0, place)
+    return (label >= 0) & (place >= first) & (place < first + SPAN)
+
+
+@triton.jit
 def label_columns(
-    out, logits, target, smoothing, terms, label, z, row, inside, first, last, target_start, out_start,
+    out, logits, target, smoothing, terms, label, z, row, mask, target_start, out_start,
     g_ce, level, slope, lse,
     C: tl.constexpr, ACC: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """dz of one label of each row, written over what the row's tiles left there, where it is a column of this program's."""
+    """dz of one label of each row, written over what the row's tiles left there."""
     own, own_share, own_peak, other, other_share, other_peak = terms
-    mask = inside & (label >= first) & (label < last)
     y = tl.where(label == own, own_peak, 0.0) + tl.where(label == other, other_peak, 0.0)
     if smoothing is not None:
         y += dense_tile(target, smoothing, target_start + label, label, mask, C, ACC) * (own_share + other_share)
@@ -209,16 +217,15 @@ def row_gradient(
 
     if not DENSE:
         tl.debug_barrier()  # after other threads wrote there
-        # The columns of this program's tiles; the first one's have the edges, too.
-        least = tl.where(first == 0, 0, head + first)
-        most = tl.where(first + SPAN >= body, head + body, head + first + SPAN)
         label_columns(
-            out, logits, target, smoothing, terms, terms[0], own_z, row, inside, least, most,
+            out, logits, target, smoothing, terms, terms[0], own_z, row,
+            inside & is_written(terms[0], head, body, first, SPAN, PEEL),
             start_of_row + target_shift, start_of_row + out_shift, g_ce, level, slope, lse, C, ACC, SIGMOID,
         )  # fmt: skip
         if target.partner_labels is not None:
             label_columns(
-                out, logits, target, smoothing, terms, terms[3], other_z, row, inside, least, most,
+                out, logits, target, smoothing, terms, terms[3], other_z, row,
+                inside & is_written(terms[3], head, body, first, SPAN, PEEL),
                 start_of_row + target_shift, start_of_row + out_shift, g_ce, level, slope, lse, C, ACC, SIGMOID,
             )  # fmt: skip
 

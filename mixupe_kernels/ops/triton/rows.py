@@ -224,6 +224,9 @@ def target_tile(target, smoothing, terms, place, column, valid, C: tl.constexpr,
             y += tl.where(column == of_rows(other), of_rows(other_peak), 0.0)
         if smoothing is not None:
             y += spread_tile(target, smoothing, terms, place, column, valid, C, ACC)
+        y = tl.where(
+            valid, y, 0.0
+        )  # -∞ is what is read elsewhere, even if the column is a label's that another lane reads
     return y
 
 
