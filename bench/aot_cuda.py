@@ -63,9 +63,12 @@ CUDA = (
     ("loss.cu", "(forward|backward)_rows<Team<32>, false, {}>", "mixupe_loss", "mixed", (4096, 1000), 1),
     ("loss.cu", "(forward|backward)_rows<Team<256>, false, {}>", "mixupe_loss", "mixed", (1024, 21841), 1),
     ("loss.cu", "(forward|backward)_parts<Team<256>, false, {}>", "mixupe_loss", "mixed", (64, 128256), 4),
-    ("mix.cu", "mix_aligned<false, {}, .*", "mix", "random", (256, 3, 224, 224), 1),
-    ("mix.cu", "mix_aligned<true, {}, .*", "mix", "flip", (256, 3, 224, 224), 1),
+    ("mix.cu", "mix_aligned<false, {}, .*, 1>", "mix", "random", (256, 3, 224, 224), 1),
+    ("mix.cu", "mix_aligned<true, {}, .*, 1>", "mix", "flip", (256, 3, 224, 224), 1),
+    ("mix.cu", "mix_aligned<false, {}, .*, 3>", "mix", "channels_last", (256, 3, 224, 224), 1),
+    ("mix.cu", "mix_aligned<true, {}, .*, 3>", "mix", "channels_last_flip", (256, 3, 224, 224), 1),
 )
+THREADS = {"Team<32>": 128, ", 3>": 192}  # of a block, by what is in the kernel's name; 256 of the others
 CUDA_NAMES = {
     "float32": "float",
     "bfloat16": "BFloat16",
@@ -79,9 +82,10 @@ def compile_rows(source: str, target: str) -> list[Kernel]:
     """The kernels of CUDA C++ as rows: those that serve a case of ``CUDA``, and any other that spills."""
     rows = []
     for kernel in compile_source(source, target):
+        threads = next((count for part, count in THREADS.items() if part in kernel.name), 256)
         base = Kernel(
-            target, source, kernel.name, 128 if "Team<32>" in kernel.name else 256, 1, kernel.registers, kernel.shared,
-            kernel.spilled, sum(i.is_wide("LDG") and i.width >= 16 for i in kernel.code),
+            target, source, kernel.name, threads, 1, kernel.registers, kernel.shared, kernel.spilled,
+            sum(i.is_wide("LDG") and i.width >= 16 for i in kernel.code),
             sum(i.is_wide("STG") and i.width >= 16 for i in kernel.code), "cuda",
         )  # fmt: skip
         served = []
@@ -90,8 +94,8 @@ def compile_rows(source: str, target: str) -> list[Kernel]:
             if known and file == source and re.fullmatch(pattern.format(cpp), kernel.name):
                 case = Case(operator, kind, dtype, shape)
                 row = dataclasses.replace(base, case=str(case))
-                threads = 32 if "Team<32>" in kernel.name else 256
-                work = math.prod(shape[1:]) / parts / threads if operator != "mix" else 32
+                team = 32 if "Team<32>" in kernel.name else 256
+                work = math.prod(shape[1:]) / parts / team if operator != "mix" else 32
                 served.append(counted(row, case, kernel.code, work))
         rows += served or ([base] if kernel.spilled else [])
     return rows

@@ -46,6 +46,10 @@ def mix_calls(x, partner, *, pixels=False):
         yield ops.mix(x, partner, lam, None, scale, shift, out_dtype, None, box)
 
 
+def channels_last(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
 def sum_calls(size, dtype):
     a, b = torch.randn(7, size).to(dtype), torch.randn(4, size).to(dtype)
     index, weight, offsets = many_to_one(7, 20)
@@ -69,6 +73,8 @@ CALLS = {
     "mix": lambda: mix_calls(torch.randn(3, 7, 50, 60), torch.randint(3, (3,))),
     "mix, flip": lambda: mix_calls(torch.randn(3, 7, 50, 60).bfloat16(), None),
     "mix, pixels": lambda: mix_calls(torch.randint(256, (3, 3, 9, 7), dtype=torch.uint8), torch.arange(3), pixels=True),
+    "mix, pixels, channels last": lambda: mix_calls(channels_last(3, 3, 64, 64), torch.arange(3), pixels=True),
+    "mix, pixels, channels last, flip": lambda: mix_calls(channels_last(3, 3, 64, 64), None, pixels=True),
     "sums, a warp a row": lambda: sum_calls(105, torch.float32),
     "sums, a block a row": lambda: sum_calls(20011, torch.bfloat16),
 }

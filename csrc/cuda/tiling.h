@@ -23,10 +23,11 @@ struct Tiling {
   int64_t samples, tiles, packs_per_tile;
   int threads;
 
-  Tiling(int64_t sample_count, int64_t sample_size, int pack, int packs_each = packs_per_thread)
+  // Blocks are of a multiple of `unit` threads.
+  Tiling(int64_t sample_count, int64_t sample_size, int pack, int packs_each = packs_per_thread, int unit = 32)
       : samples(sample_count) {
     const int64_t packs = sample_size / pack, share = (packs + packs_each - 1) / packs_each;
-    threads = static_cast<int>(std::clamp<int64_t>((share + 31) / 32 * 32, 32, most_threads));
+    threads = static_cast<int>(std::clamp<int64_t>((share + unit - 1) / unit * unit, unit, most_threads / unit * unit));
     packs_per_tile = int64_t(threads) * packs_each;
     tiles = sample_size == 0 ? 0 : std::max<int64_t>(1, (packs + packs_per_tile - 1) / packs_per_tile);
   }

@@ -97,6 +97,33 @@ def test_mix_normalises_and_casts(backend, source, target, input_format, output_
     check_mix(x, None, lam[:5], None, scale, shift, target, output_format)
 
 
+# Packs of 16 bytes that begin at each of three channels: one tile, two, sizes that are no multiple of a pack; other numbers of channels.
+INNERMOST = [
+    (5, 3, 8, 6),
+    (3, 3, 64, 64),
+    (4, 3, 5, 4),
+    *thorough((5, 3, 9, 7), (3, 4, 8, 8), (3, 2, 8, 8), (3, 48, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, *thorough(torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("shape", INNERMOST, ids=str)
+def test_channels_that_are_innermost(backend, shape, target):
+    x = torch.randint(256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    scale, shift = (torch.rand(shape[1]) + 0.5) / 100, 4 * torch.randn(shape[1])
+    batch, more = shape[0], (scale, shift, target)
+    lam = torch.rand(batch)
+    lam[:2] = torch.tensor([0, 1])
+    for pairing in (torch.randint(batch, (batch,)), None):
+        for weights in (lam, *torch.tensor([0.3, 0, 1])):
+            out = check_mix(x, pairing, weights, None, *more).actual
+            assert out.is_contiguous(memory_format=torch.channels_last)
+        check_mix(x, pairing, lam, None, None, None, target)
+    rows = torch.randint(batch, (batch + 2,))
+    check_mix(x, rows.flip(0), torch.rand(batch + 2), rows, *more)
+    check_mix(x[::2], None, lam[::2].contiguous(), None, *more)
+
+
 BOXES = {"inside": (2, 5, 1, 4), "all": (0, 9, 0, 7), "empty": (0, 0, 0, 0), "beyond": (-3, 4, 5, 99)}
 MORE_BOXES = {"a corner": (7, 9, 5, 7), "lines": (3, 4, 0, 7), "no width": (2, 5, 3, 3), "large": (5, 60, 5, 50)}
 
