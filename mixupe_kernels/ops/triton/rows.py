@@ -224,9 +224,8 @@ def target_tile(target, smoothing, terms, place, column, valid, C: tl.constexpr,
             y += tl.where(column == of_rows(other), of_rows(other_peak), 0.0)
         if smoothing is not None:
             y += spread_tile(target, smoothing, terms, place, column, valid, C, ACC)
-        y = tl.where(
-            valid, y, 0.0
-        )  # -∞ is what is read elsewhere, even if the column is a label's that another lane reads
+        # Elsewhere -∞ is read, even if the column is a label's, which another lane reads.
+        y = tl.where(valid, y, 0.0)
     return y
 
 
@@ -292,7 +291,7 @@ def fold(top, total, weighted, linear, mass, z, y, HAS_DENSE: tl.constexpr, SIGM
         weighted = decay * (weighted + exponent(moved) * total) + sum_of_lanes(e * tl.maximum(power, LEAST_EXPONENT))
         total = decay * total + sum_of_lanes(e)
         if HAS_DENSE:
-            linear += moved * mass + sum_of_lanes(y * zero_where(y == 0, shifted))
+            linear += zero_where(mass == 0, moved) * mass + sum_of_lanes(y * zero_where(y == 0, shifted))
         top = new_top
     if HAS_DENSE:
         mass += sum_of_lanes(y)
@@ -315,7 +314,7 @@ def join(tops, totals, weighteds, linears, masses, HAS_DENSE: tl.constexpr, SIGM
         total = tl.sum(decay * totals, 1)
         weighted = tl.sum(decay * (weighteds + exponent(moved) * totals), 1)
         if HAS_DENSE:
-            linear = tl.sum(linears + moved * masses, 1)
+            linear = tl.sum(linears + zero_where(masses == 0, moved) * masses, 1)
     if HAS_DENSE:
         mass = tl.sum(masses, 1)
     return top, total, weighted, linear, mass
