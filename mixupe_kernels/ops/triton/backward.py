@@ -61,10 +61,12 @@ def coefficient(grad, row, inside, stride, like):
 @triton.jit
 def is_written(label, head, body, first, SPAN: tl.constexpr, PEEL: tl.constexpr):
     """Whether a label's column is one of this program's: of its SPAN columns, or an edge, which the first program writes."""
-    place = label - head
+    least = tl.where(first == 0, 0, head + first)
+    most = tl.where(first + SPAN >= body, head + body, head + first + SPAN)
+    written = (label >= least) & (label < most)
     if PEEL:
-        place = tl.where((place < 0) | (place >= body), 0, place)
-    return (label >= 0) & (place >= first) & (place < first + SPAN)
+        written = written | ((first == 0) & (label >= head + body))
+    return written
 
 
 @triton.jit
