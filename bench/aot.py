@@ -46,7 +46,7 @@ def cases() -> list[Case]:
     rows = [(256, 10), (256, 50), (4096, 100), (4096, 1000), (4096, 4096), (1024, 21841), (64, 128256)]
     double = [(256, 10), (4096, 100), (4096, 1000), (1024, 21841)]
     pictures, short = (256, 3, 224, 224), [(256, 200), (256, 512), (128, 3, 32, 32)]
-    both = ("float32", "bfloat16")
+    odd, both = [(256, 3, 225, 225), (128, 3, 31, 31)], ("float32", "bfloat16")
     return [
         *(Case("mixupe_loss", kind, dtype, shape) for kind in ("mixed", "dense") for dtype in both for shape in rows),
         *(Case("mixupe_loss", "mixed", dtype, (256, 1000)) for dtype in both),
@@ -62,7 +62,12 @@ def cases() -> list[Case]:
         *(Case("mix", "random", "float64", shape) for shape in short[:1]),
         *(Case("mix", kind, "uint8", pictures) for kind in ("random", "flip", "channels_last", "to_channels_last")),
         *(Case("mix", kind, dtype, pictures) for kind in ("cut", "cut_flip") for dtype in (*both, "uint8")),
-        Case("mix", "cut", "bfloat16", short[-1]),
+        *(Case("mix", "cut", dtype, short[-1]) for dtype in (*both, "uint8")),
+        *(
+            Case("mix", kind, "bfloat16", shape)
+            for kind, shape in (("cut", odd[0]), ("cut_flip", odd[0]), ("cut", odd[1]))
+        ),
+        Case("mix", "to_channels_last", "uint8", (256, 3, 16, 16)),
         *(Case("mixed_target", kind, "float32", (256,)) for kind in ("random", "flip")),
         *(Case("mix_backward", "random", dtype, pictures) for dtype in both),
         *(Case("mix_backward", "random", "bfloat16", shape) for shape in short),

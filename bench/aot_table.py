@@ -89,6 +89,9 @@ ROWS = r"mixed-bfloat16-(4096x1000|1024x21841|64x128256) {}"
 FORWARD, BACKWARD = ROWS.format("(row_stats|forward)"), ROWS.format("(row_gradient|backward)")
 IMAGES = "mix-(random|flip)-{}-256x3x224x224 mix_"
 INNERMOST = r"mix-channels_last(_flip)?-uint8-256x3x224x224 mix_aligned"  # Triton's count of channels that are innermost has no bar
+# CutMix's box in Triton. Pictures of 32 by 32 have a tile each, half as long, and the same work once for it. float32 has four elements
+# in a pack, not eight or sixteen: the pack's line, column and sides of the box are 7 of its 20.
+CUT = "mix-cut(_flip)?-{}-(256x3x224x224|128x3x32x32) mix_(rows|pairs)"
 BARS = (
     Bar(FORWARD, "instructions", 10),
     Bar(BACKWARD, "instructions", 16),
@@ -100,6 +103,10 @@ BARS = (
     Bar(IMAGES.format("(bfloat16|uint8)"), "in_flight", 4),
     Bar(INNERMOST, "instructions", 12),
     Bar(INNERMOST, "in_flight", 4),
+    Bar(CUT.format("bfloat16"), "instructions", 16),
+    Bar(CUT.format("float32"), "instructions", 21),
+    Bar(CUT.format("uint8"), "instructions", 18),
+    Bar(CUT.format("(bfloat16|float32|uint8)"), "in_flight", 4),
     Bar("", "spilled", 0),
 )
 

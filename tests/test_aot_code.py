@@ -73,6 +73,10 @@ def test_each_bar_can_fail():
             for name in ("mix_pairs", "mix_aligned<T>")
         ),
         dataclasses.replace(good, case="mix-channels_last-uint8-256x3x224x224", kernel="mix_aligned<T>"),
+        *(
+            dataclasses.replace(good, case=f"mix-cut-{dtype}-256x3x224x224", kernel="mix_rows")
+            for dtype in ("bfloat16", "float32", "uint8")
+        ),
     ]
     judged = verdicts(kernels)
     assert all(met for *_, met in judged) and {bar for bar, *_ in judged} == set(BARS)

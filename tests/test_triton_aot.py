@@ -55,10 +55,11 @@ def wide_accesses(case, kernel):
     size = dtype.itemsize
     if case.operator in ("mix", "mix_backward"):
         out_size = 2 if dtype == torch.uint8 else size
-        narrow = "mix_placed" if "cut" in case.kind else "mix_narrow"
-        family = "sum" if case.operator == "mix_backward" else narrow if size <= 2 else "mix"
+        family = "mix_cut" if "cut" in case.kind and size < 8 else "mix"
+        family = "sum" if case.operator == "mix_backward" else f"{family}_narrow" if size <= 2 else family
         streams = {"mix_rows": (2, 1), "mix_pairs": (2, 2), "gather_rows": (1, 1), "dot_rows": (2, 0)}.get(kernel)
-        if streams is None or case.kind == "to_channels_last":  # which gathers bytes
+        # to_channels_last gathers bytes, and samples of odd sizes are not aligned.
+        if streams is None or case.kind == "to_channels_last" or case.shape[-1] % 2:
             return 0, 0
         tile = launch.tile_for(family, dtype, math.prod(case.shape[2:]) if "cut" in case.kind else length)
         return tuple(

@@ -221,9 +221,17 @@ def test_every_entry_of_the_launch_table(family, dtype, length, monkeypatch):
     used = []
     tile_for = launch.tile_for
     monkeypatch.setattr(launch, "tile_for", lambda *args: used.append((args, tile_for(*args))) or used[-1][1])
-    table, dtype = launch.TABLE[family][dtype], torch.bfloat16 if family in ("mix_narrow", "mix_placed") else dtype
+    narrow = family.endswith(("_narrow", "_placed"))
+    table, dtype = launch.TABLE[family][dtype], torch.bfloat16 if narrow else dtype
+    if family == "mix_placed":
+        length = max(length + 1, 256)  # of an even number of pixels, and not too short for a plane
+    elif family in ("mix_cut", "mix_cut_narrow"):
+        length += 15  # whole packs
     x, index = torch.randn(3, length, dtype=dtype), torch.tensor([1, 2, 0])
     if family == "mix_placed":
+        images = torch.randn(3, 2, 2, length // 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        check("mix", images, index, torch.tensor(0.3), *[None] * 4, torch.contiguous_format, None)
+    elif family.startswith("mix_cut"):
         box = torch.tensor([0, 1, length // 3, length])
         check("mix", x.view(3, 1, 1, length), index, torch.tensor(0.3), *[None] * 5, box)
     elif family.startswith("mix"):

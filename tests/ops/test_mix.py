@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mixupe_kernels as mk
+from mixupe_kernels import conventions
 
 from ..cases import DTYPES, check, compute_dtype, thorough
 
@@ -128,36 +129,102 @@ BOXES = {"inside": (2, 5, 1, 4), "all": (0, 9, 0, 7), "empty": (0, 0, 0, 0), "be
 MORE_BOXES = {"a corner": (7, 9, 5, 7), "lines": (3, 4, 0, 7), "no width": (2, 5, 3, 3), "large": (5, 60, 5, 50)}
 
 
+def check_cut(images, edges, lams, normalise=(None, None), target=None):
+    """Inside the box the partner's values, elsewhere those without a box; also into a buffer filled with NaN."""
+    batch, memory_format = images.shape[0], conventions.row_format(images)
+    top, bottom, left, right = (max(edge, 0) for edge in edges)
+    box, more = torch.tensor(edges), (*normalise, target, memory_format)
+    for partner, rows in ((torch.randint(batch, (batch,)), None), (None, None), (None, torch.randperm(batch))):
+        for lam in lams:
+            lam = lam.to(compute_dtype(images.dtype))
+            out = ops.mix(images, partner, lam, rows, *more, box)
+            expected = ops.mix(images, partner, lam, rows, *more)
+            others = ops.mix(images, partner, 0 * lam, rows, *more)
+            expected[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+            assert torch.equal(out, expected) and out.stride() == expected.stride()
+            given = torch.full_like(out, torch.nan)
+            ops.mix_out(images, partner, lam, rows, *normalise, box, out=given)
+            assert torch.equal(given, out)
+
+
+def check_cut_of(shape, dtype, edges, lams, channels_last):
+    """``check_cut`` of random values, bytes normalised on the way, in both orders of the channels where they are asked for."""
+    x = torch.randint(256, shape).to(dtype)
+    normalise = (torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if dtype == torch.uint8 else (None, None)
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(len(shape), []) if channels_last else []
+    for memory_format in (torch.contiguous_format, *formats):
+        images = x.contiguous(memory_format=memory_format)
+        check_cut(images, edges, lams, normalise, torch.float32 if dtype == torch.uint8 else None)
+
+
 @pytest.mark.parametrize("box", [*BOXES.values(), *thorough(*MORE_BOXES.values())], ids=[*BOXES, *MORE_BOXES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, *thorough(*DTYPES[1:])], ids=str)
 @pytest.mark.parametrize("shape", [(5, 9, 7), (5, 3, 9, 7), *thorough((4, 2, 3, 9, 7), (3, 3, 70, 53))], ids=str)
 def test_mix_inside_a_box(backend, shape, dtype, box):
-    x = torch.randint(256, shape).to(dtype)
-    edges, batch = torch.tensor(box), shape[0]
-    normalise = (torch.rand(shape[1]) + 0.5, torch.randn(shape[1])) if dtype == torch.uint8 else (None, None)
-    target = torch.float32 if dtype == torch.uint8 else None
-    top, bottom, left, right = (max(edge, 0) for edge in box)
-    formats = {3: [None], 4: [None, torch.channels_last], 5: [None, torch.channels_last_3d]}[len(shape)]
-    for memory_format in formats:
-        images = x if memory_format is None else x.contiguous(memory_format=memory_format)
-        for partner, rows in ((torch.randint(batch, (batch,)), None), (None, None), (None, torch.randperm(batch))):
-            for lam in (torch.rand(batch), torch.ones(())):
-                arguments = (partner, lam.to(compute_dtype(dtype)), rows, *normalise)
-                out = ops.mix(images, *arguments, target, memory_format, edges)
-                expected = ops.mix(images, *arguments, target, memory_format)
-                others = ops.mix(images, partner, 0 * arguments[1], rows, *normalise, target, memory_format)
-                expected[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-                assert torch.equal(out, expected) and out.stride() == expected.stride()
-                given = torch.full_like(out, torch.nan)
-                ops.mix_out(images, *arguments, edges, out=given)
-                assert torch.equal(given, out)
+    check_cut_of(shape, dtype, box, (torch.rand(shape[0]), torch.ones(())), channels_last=True)
 
 
-def test_a_flip_inside_a_box_may_be_in_place(backend):
-    x, lam, box = torch.randn(5, 2, 9, 7), torch.rand(5), torch.tensor([2, 5, 1, 4])
+# Triton finds a line and a column for each pack of 4 to 16 elements: packs end with lines, or have parts in two; tiles are of
+# an image or of several, and end within lines. (shape, box)
+PACKED = {
+    "sides within packs": ((3, 2, 20, 32), (3, 17, 5, 27)),
+    "sides between packs": ((3, 2, 20, 32), (0, 9, 16, 32)),
+    "one line": ((3, 2, 20, 32), (19, 20, 0, 32)),
+    "one column": ((3, 2, 20, 32), (0, 20, 15, 16)),
+    "all": ((3, 2, 20, 32), (-1, 20, 0, 33)),
+    "nothing": ((3, 2, 20, 32), (4, 9, 7, 7)),
+    "across tiles": ((2, 1, 70, 48), (21, 44, 15, 44)),
+    "packs in two lines": ((2, 2, 40, 20), (0, 40, 18, 20)),
+    "packs in two images": ((2, 5, 12, 12), (0, 1, 1, 11)),
+    "odd lines, across tiles": ((2, 1, 91, 47), (85, 91, 0, 46)),
+    "several images a channel": ((2, 2, 3, 17, 20), (0, 17, 3, 18)),
+    "narrow lines": ((2, 3, 50, 3), (10, 49, 1, 2)),
+    "lines of one column": ((2, 2, 150, 1), (10, 149, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_the_sides_of_a_box_are_within_packs_lines_and_tiles(backend, case, dtype):
+    shape, box = case
+    lam = torch.tensor([0.3, 0.0, 1.0])[: shape[0]]
+    check_cut_of(shape, dtype, box, (lam,), channels_last="image" in str(case) or shape[-1] == 32)
+
+
+@pytest.mark.parametrize("pairing", ["partner", "flip"])
+@pytest.mark.parametrize("width", [32, 45])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_what_a_box_leaves_out_is_not_read(backend, width, memory_format, pairing):
+    """Sample 0 has NaN where only its pixels inside the box are needed, sample 3 where only those outside are."""
+    x, box = torch.randn(4, 2, 20, width), (3, 17, 5, 27)
+    inside = torch.zeros(20, width, dtype=torch.bool)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    x[0, :, ~inside] = torch.nan
+    images = x.contiguous(memory_format=memory_format)
+    if pairing == "flip":
+        out = ops.mix(images, None, torch.tensor([0.0, 1, 1, 1]), box=torch.tensor(box))
+        assert torch.equal(out[0], x[3]) and torch.equal(out[3], torch.where(inside, x[0], x[3]))
+        return
+    x[3, :, inside] = torch.nan
+    images = x.contiguous(memory_format=memory_format)
+    partner, lam = torch.tensor([1, 0, 0, 0]), torch.tensor([0.0, 1, 1, 1])
+    out = ops.mix(images, partner, lam, box=torch.tensor(box))
+    assert torch.equal(out, torch.where(inside, x[partner], torch.stack([x[1], x[1], x[2], x[3]])))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 9, 7), (3, 2, 20, 32)], ids=str)
+def test_a_flip_inside_a_box_may_be_in_place(backend, shape):
+    x, lam, box = torch.randn(shape), torch.rand(shape[0]), torch.tensor([2, 5, 1, 4])
     expected = ops.mix(x, None, lam, box=box)
     ops.mix_out(x, None, lam, None, None, None, box, out=x)
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 9, 8), (3, 2, 0, 8), (3, 2, 9, 0), (3, 0, 9, 8)], ids=str)
+def test_a_box_in_images_of_no_pixels(backend, shape):
+    x, lam, box = torch.empty(shape), torch.tensor(0.5), torch.tensor([2, 5, 1, 4])
+    for partner in (torch.arange(shape[0]), None):
+        assert ops.mix(x, partner, lam, box=box).shape == shape
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 6])

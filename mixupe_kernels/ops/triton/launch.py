@@ -95,8 +95,14 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
     "mix_narrow": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 4096, 2, 1)},
     },
-    # The same where a box is cut or the layout changes, so that each element's place is worked out and kept.
+    # The same where the layout changes, so that each element's place is worked out and kept.
     "mix_placed": {torch.float32: {1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 4096, 4, 1)}},
+    # Where a box is cut: again eight 16-byte loads of each sample in a thread, of bytes four, and a warp for each tile of
+    # bytes, which are handed to the threads that store them without a barrier.
+    "mix_cut": {torch.float32: {1024: Tile(1, 1024, 1, 1), ANY: Tile(1, 2048, 2, 1)}},
+    "mix_cut_narrow": {torch.float32: {1024: Tile(1, 1024, 1, 1), ANY: Tile(1, 2048, 1, 1)}},
+    # The same where elements have no pack in common: at odd strides, or beside those of other channels with a scale each.
+    "mix_cut_placed": {torch.float32: {1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 2048, 4, 1)}},
     "sum": {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 8, 1)},
         torch.float64: {512: Tile(1, 512, 4, 1), ANY: Tile(1, 2048, 8, 1)},
@@ -130,7 +136,7 @@ def packs(size: int) -> tuple[int, int]:
 
 
 def reciprocal(divisor: int) -> int:
-    """What ``mix.divide`` divides by: a 32-bit factor, and above it 64 plus the shift of the product.
+    """What ``box.divide`` divides by: a 32-bit factor, and above it 64 plus the shift of the product.
 
     Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994). The 64 makes every one an int64 to Triton.
     """

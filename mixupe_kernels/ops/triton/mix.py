@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...conventions import row_format
 from ..arguments import Mixing, check_box, check_target
+from .box import divide, inside_box, own_bit, read_at
 from .launch import Tile, device_of, launch_tiled, packs, reciprocal
 
 # The arguments of size, which no kernel is compiled for.
@@ -21,10 +22,10 @@ SIZES = [
     "out_stride",
     "x_stride",
     "channel_size",
-    "area",
+    "height",
     "width",
     "by_channel",
-    "by_area",
+    "by_height",
     "by_width",
 ]
 
@@ -49,26 +50,22 @@ def load_samples(x, place, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def blend(own, other, weight, cut, BOTH_READ: tl.constexpr):
-    """A weight of 1 or 0 copies exactly, whatever the other sample holds; ``cut`` elements have 0.
+def blend(own, other, weight, cut, LEAVE_OWN: tl.constexpr, LEAVE_OTHER: tl.constexpr):
+    """A weight of 1 or 0 copies exactly, whatever the other sample holds; ``cut`` elements are the other's.
 
-    Where a sample of weight 0 may be read for the sake of others (``BOTH_READ``), its product may be a NaN, and is left out.
+    A sample of weight 0 that is read for the sake of others is left out (LEAVE_OWN, LEAVE_OTHER): its product may be a NaN.
+    What is cut is chosen before the sum. A choice after it would be made between rounded values, and rounding
+    one element at a time is slower than rounding pairs.
     """
-    if BOTH_READ:
-        mixed = weight * tl.where(weight == 0, -0.0, own) + (1 - weight) * tl.where(weight == 1, -0.0, other)
-    else:
-        mixed = weight * own + (1 - weight) * other
+    own_part, other_part = own, other
+    if LEAVE_OWN:
+        own_part = tl.where(weight == 0, -0.0, own)
+    if LEAVE_OTHER:
+        other_part = tl.where(weight == 1, -0.0, other)
     if cut is None:
-        return mixed
+        return weight * own_part + (1 - weight) * other_part
     else:
-        return tl.where(cut, tl.where(weight >= 0, other, weight), mixed)
-
-
-@triton.jit
-def divide(values, reciprocal):
-    """values // d of 0 ≤ values < 2^31 by the ``launch.reciprocal`` of d: a division proper takes some twenty instructions."""
-    factor, shift = reciprocal.to(tl.uint32), (reciprocal >> 32).to(tl.uint32) - 64
-    return (tl.umulhi(values.to(tl.uint32) * 2, factor) >> shift).to(tl.int32)
+        return weight * tl.where(cut, -0.0, own_part) + tl.where(cut, other, (1 - weight) * other_part)
 
 
 @triton.jit
@@ -106,25 +103,6 @@ def places(
 
 
 @triton.jit
-def inside_box(box, pixel, area, width, by_area, by_width):
-    """Which of a tile's elements are inside CutMix's box: their ``pixel`` is counted over images, one or several."""
-    pixel = pixel - divide(pixel, by_area) * area
-    line = divide(pixel, by_width)
-    column = pixel - line * width
-    inside = (line >= tl.load(box)) & (line < tl.load(box + 1))
-    return inside & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
-
-
-@triton.jit
-def is_read(weight, cut):
-    """Whether a tile of the sample with this weight is needed: for its weight, or for what is cut."""
-    if cut is None:
-        return weight != 0
-    else:
-        return (weight != 0) | (tl.max(cut.to(tl.int32), axis=0) == 1)
-
-
-@triton.jit
 def affine(values, scale, shift, channel, mask, PER_CHANNEL: tl.constexpr):
     if scale is None:
         return values
@@ -137,9 +115,9 @@ def affine(values, scale, shift, channel, mask, PER_CHANNEL: tl.constexpr):
 @triton.jit(do_not_specialize=["n", *SIZES])
 def mix_rows(
     out, x, partner, rows, lam, scale, shift, box,
-    n, batch, plane, out_stride, x_stride, channel_size, area, width, by_channel, by_area, by_width,
+    n, batch, plane, out_stride, x_stride, channel_size, height, width, by_channel, by_height, by_width,
     PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    LAM_STRIDE: tl.constexpr,
+    LAM_STRIDE: tl.constexpr, VEC: tl.constexpr, WRAPS: tl.constexpr,
     X_LAST: tl.constexpr, OUT_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (n, tiles, planes): one tile of one sample of the output each. ``plane`` and strides are in packs."""
@@ -154,24 +132,35 @@ def mix_rows(
     start, element, source_start, source, channel, pixel, mask = places(
         plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, X_LAST, OUT_LAST, BLOCK
     )
-    # None stays out of inside_box: Triton 3.6 compiles no function that returns it.
-    cut = (
-        None if box is None else inside_box(box, pixel if OUT_LAST else start + element, area, width, by_area, by_width)
-    )
-    # Read or not for a whole tile: masks that change from element to element would make loads narrow.
-    own_read, other_read = readable & (weight != 0), readable & is_read(1 - weight, cut)
-    own = load_samples(x + (own_row * x_stride + source_start), source, mask & own_read, ACC)
-    other = load_samples(x + (other_row * x_stride + source_start), source, mask & other_read, ACC)
-    mixed = affine(blend(own, other, weight, cut, box is not None), scale, shift, channel, mask, PER_CHANNEL)
+    FLOATING: tl.constexpr = x.dtype.element_ty.is_floating()  # a product of 0 and an integer is 0
+    if box is None:
+        # Read or not for a whole tile: masks that change from element to element would make loads narrow.
+        own_read, other_read = readable & (weight != 0), readable & (1 - weight != 0)
+        own = load_samples(x + (own_row * x_stride + source_start), source, mask & own_read, ACC)
+        other = load_samples(x + (other_row * x_stride + source_start), source, mask & other_read, ACC)
+        mixed = blend(own, other, weight, None, False, False)
+    else:
+        # A weight of 0 is a box around everything. Both samples are needed in the packs that the box's sides cross, or with a weight
+        # between 0 and 1.
+        bits = inside_box(
+            box, weight == 0, height, width, by_height, by_width, CHANNELS if OUT_LAST else 1, VEC, WRAPS,
+            PER_CHANNEL != 0, BLOCK,
+        )  # fmt: skip
+        own_source = read_at(source, bits != (1 << VEC) - 1, VEC, X_LAST == OUT_LAST, BLOCK)
+        other_source = read_at(source, tl.where(weight != 1, 1, bits) != 0, VEC, X_LAST == OUT_LAST, BLOCK)
+        own = load_samples(x + (own_row * x_stride + source_start), own_source, mask & readable, ACC)
+        other = load_samples(x + (other_row * x_stride + source_start), other_source, mask & readable, ACC)
+        mixed = blend(own, other, weight, own_bit(bits, out, VEC, BLOCK), False, FLOATING)
+    mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
     tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mix_pairs(
     out, x, lam, scale, shift, box,
-    batch, plane, out_stride, x_stride, channel_size, area, width, by_channel, by_area, by_width,
+    batch, plane, out_stride, x_stride, channel_size, height, width, by_channel, by_height, by_width,
     PACK: tl.constexpr, OUT_PACK: tl.constexpr, X_PACK: tl.constexpr, CHANNELS: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    LAM_STRIDE: tl.constexpr,
+    LAM_STRIDE: tl.constexpr, VEC: tl.constexpr, WRAPS: tl.constexpr,
     LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈batch / 2⌉, tiles, planes): one tile of the samples i and batch - 1 - i, read before either is written."""
@@ -184,14 +173,21 @@ def mix_pairs(
     start, element, _, _, channel, pixel, mask = places(
         plane, channel_size, by_channel, CHANNELS, PER_CHANNEL, LAST, LAST, BLOCK
     )
-    cut = None if box is None else inside_box(box, pixel if LAST else start + element, area, width, by_area, by_width)
-    first_read = inside & ((first_weight != 0) | is_read(1 - second_weight, cut))
-    second_read = inside & ((second_weight != 0) | is_read(1 - first_weight, cut))
+    FLOATING: tl.constexpr = x.dtype.element_ty.is_floating()
+    first_read, second_read, cut = inside, inside, None
+    if box is None:
+        first_read &= (first_weight != 0) | (1 - second_weight != 0)
+        second_read &= (second_weight != 0) | (1 - first_weight != 0)
     first = load_samples(x + (i.to(tl.int64) * x_stride + start), element, mask & first_read, ACC)
     second = load_samples(x + (j.to(tl.int64) * x_stride + start), element, mask & second_read, ACC)
-    mixed = affine(blend(first, second, first_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
+    if box is not None:
+        bits = inside_box(box, False, height, width, by_height, by_width, CHANNELS, VEC, WRAPS, PER_CHANNEL != 0, BLOCK)
+        cut = own_bit(bits, out, VEC, BLOCK)
+    mixed = blend(first, second, first_weight, cut, FLOATING, FLOATING)
+    mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
     tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
-    mixed = affine(blend(second, first, second_weight, cut, True), scale, shift, channel, mask, PER_CHANNEL)
+    mixed = blend(second, first, second_weight, cut, FLOATING, FLOATING)
+    mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
     tl.store(
         out + (j.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask & (j != i)
     )
@@ -232,13 +228,18 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
     x_last, out_last = is_channels_last(row_format(x)), is_channels_last(row_format(out))
     # Planes are channels, or the images of a channel: (T, H, W).
     channel = size // out.shape[1] if scale is not None or x_last or out_last else size
-    area, width = (1, 1) if box is None else (out.shape[-2] * out.shape[-1], out.shape[-1])
+    unit = out.shape[1] if out_last else 1
+    height, width = (1, 1) if box is None else (out.shape[-2], out.shape[-1] * unit)
+    area = height * width // unit
     plane = channel if box is None else min(area, channel) if scale is not None or x_last else area
     whole = out_last or plane < SHORTEST_PLANE or (box is not None and plane != area)
     if whole:
         plane = size
     (planes, pack), (out_strides, out_pack), (x_strides, x_pack) = map(packs, (plane, out.stride(0), x.stride(0)))
-    sizes = (planes, out_strides, x_strides, channel, area, width, *map(reciprocal, (channel, area, width)))
+    sizes = (planes, out_strides, x_strides, channel, height, width, *map(reciprocal, (channel, height, width)))
+    # A box's pack is 16 bytes, or what lies together of them, and of two lines at most.
+    aligned, widest = min(pack, x_pack, out_pack), 16 // min(x.element_size(), out.element_size())
+    vec = min(widest, aligned, 1 << ((width + 1).bit_length() - 1))
     constants = {
         "PACK": pack,
         "OUT_PACK": out_pack,
@@ -246,6 +247,8 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
         "CHANNELS": out.shape[1] if x_last or out_last else 1,
         "PER_CHANNEL": 0 if whole else max(channel // plane, 1),
         "LAM_STRIDE": lam.stride(0) if lam.dim() and lam.shape[0] > 1 else 0,
+        "VEC": vec,
+        "WRAPS": width % vec != 0,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
     pairs = partner is None and rows is None and x_last == out_last
@@ -263,8 +266,13 @@ def _write(x: Tensor, mixing: Mixing, box: Tensor | None, out: Tensor) -> None:
             )  # fmt: skip
 
     in_place = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    narrow = "mix_narrow" if box is None and x_last == out_last else "mix_placed"
-    launch_tiled(narrow if x.element_size() <= 2 else "mix", x, plane, run, repeatable=not in_place)
+    placed = x_last != out_last or (box is not None and ((scale is not None and whole) or aligned < widest))
+    family = "mix" if box is None or x_last != out_last else "mix_cut"
+    if x.element_size() <= 2:
+        family += "_placed" if placed else "_narrow"
+    elif placed or x.dtype == torch.float64:
+        family = "mix"
+    launch_tiled(family, x, plane, run, repeatable=not in_place)
 
 
 def mix(
