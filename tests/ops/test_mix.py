@@ -191,6 +191,17 @@ def test_the_sides_of_a_box_are_within_packs_lines_and_tiles(backend, case, dtyp
     check_cut_of(shape, dtype, box, (lam,), channels_last="image" in str(case) or shape[-1] == 32)
 
 
+@pytest.mark.parametrize("source", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [32, 45])
+@pytest.mark.parametrize("input_format, output_format", [FORMATS, FORMATS[::-1]], ids=str)
+def test_a_box_in_images_that_change_their_layout(backend, input_format, output_format, width, source):
+    x = torch.randint(256, (4, 3, 20, width)).to(source).contiguous(memory_format=input_format)
+    scale, shift = torch.rand(3), torch.randn(3)
+    lam, box = torch.tensor([0.3, 0, 1, 1]), torch.tensor([3, 17, 5, 27])
+    check_mix(x, torch.randperm(4), lam, None, scale, shift, torch.float32, output_format, box=box)
+    check_mix(x, None, lam, None, scale, shift, torch.float32, output_format, box=box)
+
+
 @pytest.mark.parametrize("pairing", ["partner", "flip"])
 @pytest.mark.parametrize("width", [32, 45])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
