@@ -175,7 +175,7 @@ PACKED = {
     "nothing": ((3, 2, 20, 32), (4, 9, 7, 7)),
     "across tiles": ((2, 1, 70, 48), (21, 44, 15, 44)),
     "packs in two lines": ((2, 2, 40, 20), (0, 40, 18, 20)),
-    "packs in two images": ((2, 5, 12, 12), (0, 1, 1, 11)),
+    "packs in two images": ((2, 16, 7, 7), (0, 1, 0, 6)),
     "odd lines, across tiles": ((2, 1, 91, 47), (85, 91, 0, 46)),
     "several images a channel": ((2, 2, 3, 17, 20), (0, 17, 3, 18)),
     "narrow lines": ((2, 3, 50, 3), (10, 49, 1, 2)),
