@@ -55,6 +55,14 @@ def check_mix(x, partner, lam, rows=None, *more, box=None):
     return result
 
 
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_becomes_every_other(backend, source, dtype):
+    x, lam = torch.randn(5, 3, 7).to(source), torch.rand(5, dtype=compute_dtype(source))
+    for partner in (torch.randint(5, (5,)), None):
+        check_mix(x, partner, lam, None, None, None, dtype)
+
+
 @pytest.mark.parametrize("pairing", ["partner", "flip"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("image", IMAGES, ids=describe)

@@ -103,6 +103,16 @@ def places(
 
 
 @triton.jit
+def narrowed(values, DTYPE: tl.constexpr):
+    """Values as the output's. float64 becomes a 16-bit number by way of float32, as in PyTorch; Triton's interpreter makes
+    others of it than its compiler."""
+    if values.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
+        return values.to(tl.float32).to(DTYPE)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
 def affine(values, scale, shift, channel, mask, PER_CHANNEL: tl.constexpr):
     if scale is None:
         return values
@@ -152,7 +162,7 @@ def mix_rows(
         other = load_samples(x + (other_row * x_stride + source_start), other_source, mask & readable, ACC)
         mixed = blend(own, other, weight, own_bit(bits, out, VEC, BLOCK), False, FLOATING)
     mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
-    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, narrowed(mixed, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -185,11 +195,13 @@ def mix_pairs(
         cut = own_bit(bits, out, VEC, BLOCK)
     mixed = blend(first, second, first_weight, cut, FLOATING, FLOATING)
     mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
-    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (i.to(tl.int64) * out_stride + start) + element, narrowed(mixed, out.dtype.element_ty), mask=mask)
     mixed = blend(second, first, second_weight, cut, FLOATING, FLOATING)
     mixed = affine(mixed, scale, shift, channel, mask, PER_CHANNEL)
     tl.store(
-        out + (j.to(tl.int64) * out_stride + start) + element, mixed.to(out.dtype.element_ty), mask=mask & (j != i)
+        out + (j.to(tl.int64) * out_stride + start) + element,
+        narrowed(mixed, out.dtype.element_ty),
+        mask=mask & (j != i),
     )
 
 
