@@ -202,7 +202,7 @@ def test_a_step_never_synchronises(backend, clean_fraction, split, cutmix_alpha)
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("shape", [(512, 1000), (64, 128256)], ids=str)
+@pytest.mark.parametrize("shape", [(512, 1000), (64, 128256), (5, 20011)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_repeat_bit_for_bit(backend, shape, dtype):
     logits = torch.randn(shape).to(dtype).requires_grad_()
