@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import host, results
+from . import aot_table, host, results
 from .cases import AT_MOST, ENQUEUE
 from .methods import POLICIES, TABULAR
 from .results import RESULTS
@@ -71,6 +71,12 @@ def host_share() -> list[str]:
     body = [[row["provider"], f"{1e6 * float(row['enqueue_seconds']):.1f}"] for row in rows]
     note = f"{_machine(RESULTS / 'cpu' / 'results.json')}; one of the threads; `python -m bench cpu`."
     return [note, "", *_table([host.CASE, "µs"], body)]
+
+
+def aot() -> list[str]:
+    """What is counted in the kernels' machine code."""
+    head = ["sm_90, bfloat16 but where another dtype is named", "Triton", "CUDA C++", "budget of the loop"]
+    return _table(head, aot_table.summary(RESULTS / "aot.csv"))
 
 
 def _methods_table(rows: list[dict[str, str]]) -> list[str]:
@@ -359,6 +365,7 @@ def ranks() -> list[str]:
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "cpu": cpu,
     "host": host_share,
+    "aot": aot,
     "step": step,
     "quality": quality,
     "images": images,

@@ -1,4 +1,4 @@
-// The launches of ce_entropy, mixupe_loss and their backwards. Kernels are in rows.h.
+// The launches of ce_entropy, mixupe_loss and their backwards. Kernels are in forward.h and backward.h.
 #include "../operators/loss.h"
 
 #include "backward.h"

@@ -96,7 +96,7 @@ TABLE: dict[str, dict[torch.dtype, dict[int, Tile]]] = {
         torch.float32: {256: Tile(1, 256, 1, 1), 1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 4096, 2, 1)},
     },
     # The same where the layout changes, so that each element's place is worked out and kept.
-    "mix_placed": {torch.float32: {1024: Tile(1, 1024, 2, 1), ANY: Tile(1, 4096, 4, 1)}},
+    "mix_placed": {torch.float32: {1024: Tile(1, 1024, 4, 1), ANY: Tile(1, 4096, 4, 1)}},
     # Where a box is cut: again eight 16-byte loads of each sample in a thread, of bytes four, and a warp for each tile of
     # bytes, which are handed to the threads that store them without a barrier.
     "mix_cut": {torch.float32: {1024: Tile(1, 1024, 1, 1), ANY: Tile(1, 2048, 2, 1)}},

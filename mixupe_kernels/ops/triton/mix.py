@@ -42,7 +42,8 @@ def weight_of(lam, i, LAM_STRIDE: tl.constexpr, inside, ACC: tl.constexpr):
 
 @triton.jit
 def load_samples(x, place, mask, ACC: tl.constexpr):
-    """A tile of a sample. What is not read is -0, whose product with a weight of 0 leaves every other summand as it is."""
+    """A tile of a sample. What is not read is -0, whose product with a weight of 0 leaves every other summand as it is; Triton's
+    compiler makes 0 of it, and so of a copied -0."""
     if x.dtype.element_ty.is_floating():
         return tl.load(x + place, mask=mask, other=-0.0).to(ACC)
     else:
