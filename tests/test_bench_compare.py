@@ -80,6 +80,17 @@ def test_the_hosts_share_has_parts_and_a_bar():
     assert verdict.measured == pytest.approx(1e6 * whole.seconds) and verdict.met is not None
 
 
+def test_both_revisions_run_the_bench_of_this_checkout(monkeypatch, tmp_path):
+    """Cases go by their places in its list; a revision's own has others."""
+    if not (compare.ROOT / ".git").exists():
+        pytest.skip("this copy of the sources has no history")
+    run = compare._run
+    monkeypatch.setattr(compare, "_run", lambda *command: run(*command) if command[0] == "git" else "")
+    monkeypatch.setattr(compare, "BUILDS", tmp_path)
+    tree = compare.tree_of("HEAD")
+    assert (tree / "mixupe_kernels").exists() and not (tree / "bench").exists()
+
+
 def test_skipped_launches_write_nothing():
     code = """
 import torch, mixupe_kernels as mk
