@@ -191,13 +191,10 @@ def ce_entropy(logits: Tensor, target: RowTarget, options: RowOptions) -> RowOut
         ce = softplus - zero_where(y == 0, y * z)
         return RowOutputs(ce.sum(1), entropy.sum(1), softplus.sum(1))
     top = z.amax(1, keepdim=True)
-    shifted = z - top
-    e = torch.exp(shifted)
-    total = e.sum(1, keepdim=True)
-    log_sum = total.log()
-    log_p = shifted - log_sum
-    # Not -Σ p log p: of uniform logits CE is log_sum, and a rounded H beside it would make of q̂ = 0 a slope of ±1.
-    entropy = (log_sum - zero_where(e == 0, e * shifted).sum(1, keepdim=True) / total).squeeze(1)
+    log_sum = torch.exp(z - top).sum(1, keepdim=True).log()
+    log_p = z - top - log_sum
+    p = torch.exp(log_p)
+    entropy = -zero_where(p == 0, p * log_p).sum(1)
     # In float64: added to a label's share, what smoothing gives each of many classes would be rounded away.
     ce = -zero_where(y == 0, y * log_p).sum(1, dtype=wide_dtype(z.device)).to(z.dtype)
     return RowOutputs(ce, entropy, (top + log_sum).squeeze(1))
