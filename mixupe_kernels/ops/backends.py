@@ -231,7 +231,8 @@ def _serve() -> None:
             backend = _chosen(key)
             if backend.name == _native[key] and key not in _with_switches and not debug.ON:
                 continue
-            served = {operator: _for_switch(operator, key, backend) for operator in operators()}
+            functions = _functions_of(backend)
+            served = {operator: _for_switch(operator, key, backend, functions[operator]) for operator in operators()}
             if not any(key in request.keys + request.on_request for request in _requests):
                 served |= {
                     operator: _sized(operator, key, rows, served[operator])
@@ -241,10 +242,19 @@ def _serve() -> None:
             _put_in_switches(key)
 
 
+def _functions_of(backend: Backend) -> Functions:
+    """The backend's function of each operator, and the reference's where it has none."""
+    return {**registration.references(), **backend.functions()}
+
+
 def _sized(operator: str, key: str, rows: tuple[From, ...], default: Callable[..., Any]) -> Callable[..., Any]:
     """The operator by the rows of ``BY_SIZE``; ``default`` below the first of them."""
     named = {backend.name: backend for backend in BACKENDS if key in backend.keys and not _why_missing(backend)}
-    functions = [(elements, _for_switch(operator, key, named[name])) for elements, name in rows if name in named]
+    functions = [
+        (elements, _for_switch(operator, key, named[name], _functions_of(named[name])[operator]))
+        for elements, name in rows
+        if name in named
+    ]
 
     def call(keyset, *args, **kwargs):
         size = max(value.numel() for value in args if isinstance(value, torch.Tensor))
@@ -257,9 +267,8 @@ def _sized(operator: str, key: str, rows: tuple[From, ...], default: Callable[..
     return call
 
 
-def _for_switch(operator: str, key: str, backend: Backend) -> Callable[..., Any]:
-    """A backend's operator as a switch calls it: with the call's set of dispatch keys first, and logged if that is asked for."""
-    function = {**registration.references(), **backend.functions()}[operator]
+def _for_switch(operator: str, key: str, backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as a switch calls it: with the call's set of dispatch keys first, and logged if that is asked for."""
     called = (
         function if getattr(function, "takes_keyset", False) else lambda _, *args, **kwargs: function(*args, **kwargs)
     )
