@@ -11,9 +11,8 @@ import mixupe_kernels as mk
 
 from . import check, eager, models
 from .cases import COMPILE, Case
-from .workload import Workload, within
+from .workload import ETA, Workload, within
 
-ETA = 1e-3
 CLEAN_FRACTION = 1 / 4
 # So small that a model is what it was after the thousands of steps on one batch that are timed.
 LEARNING_RATE = 1e-9

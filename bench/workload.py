@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import check
 
+ETA = 1e-3  # the paper's usual η (MixupE, §4.1)
+
 
 class Workload(NamedTuple):
     """A case made concrete.

@@ -14,9 +14,7 @@ import mixupe_kernels as mk
 
 from . import check, compiled_step, eager, mixing, peers
 from .cases import COMPILE, CROSS_ENTROPY, EAGER, FLOAT32, LINEAR_CROSS_ENTROPY, Case
-from .workload import Workload, within
-
-ETA = 1e-3  # the paper's usual η (MixupE, §4.1)
+from .workload import ETA, Workload, within
 
 
 def backend_context(provider: str) -> AbstractContextManager:
