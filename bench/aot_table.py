@@ -111,54 +111,55 @@ BARS = (
 )
 
 
-# What the page on performance shows: the work, its kernels' pattern, and the budget. Of C++'s kernels for bytes, those that write
-# bfloat16.
+# What the page on performance shows: the work, and its kernels' pattern. Of C++'s kernels for bytes, those that write bfloat16.
 _ROWS, _IMAGES = (
     r"mixed-bfloat16-({}) (row_{}|{}_)",
     r"mix-{}-{}-256x3x224x224 (mix_rows|mix_pairs|mix_aligned.*BFloat16)",
 )
-SUMMARY = (
-    ("cross-entropy and entropy, C = 21841 and 128256", _ROWS.format("1024x21841|64x128256", "stats", "forward"), "10"),
-    ("its backward", _ROWS.format("1024x21841|64x128256", "gradient", "backward"), "16"),
-    ("forward, 4096 rows of 1000", _ROWS.format("4096x1000", "stats", "forward"), "10"),
-    ("backward, 4096 rows of 1000", _ROWS.format("4096x1000", "gradient", "backward"), "16"),
-    ("forward, 256 rows of 1000", _ROWS.format("256x1000", "stats", "forward"), "no loop"),
-    ("backward, 256 rows of 1000", _ROWS.format("256x1000", "gradient", "backward"), "no loop"),
-    ("mix, 3×224×224", _IMAGES.format("random", "bfloat16"), "10"),
-    ("mix with the flipped batch", _IMAGES.format("flip", "bfloat16"), "10"),
-    ("bytes → normalised → mixed → bfloat16", _IMAGES.format("random", "uint8"), "12"),
-    ("the same with the flipped batch", _IMAGES.format("flip", "uint8"), "12"),
-    ("bytes whose three channels are innermost", _IMAGES.format("channels_last", "uint8"), "12, C++ alone"),
-    ("CutMix, 3×224×224", _IMAGES.format("cut", "bfloat16"), "16"),
-    ("CutMix with the flipped batch", _IMAGES.format("cut_flip", "bfloat16"), "16"),
-    ("CutMix of bytes → normalised → bfloat16", _IMAGES.format("cut", "uint8"), "18"),
-    ("CutMix of float32", _IMAGES.format("cut", "float32"), "21"),
-)
+SUMMARY = {
+    "cross-entropy and entropy, C = 21841 and 128256": _ROWS.format("1024x21841|64x128256", "stats", "forward"),
+    "its backward": _ROWS.format("1024x21841|64x128256", "gradient", "backward"),
+    "forward, 4096 rows of 1000": _ROWS.format("4096x1000", "stats", "forward"),
+    "backward, 4096 rows of 1000": _ROWS.format("4096x1000", "gradient", "backward"),
+    "forward, 256 rows of 1000, no loop": _ROWS.format("256x1000", "stats", "forward"),
+    "backward, 256 rows of 1000, no loop": _ROWS.format("256x1000", "gradient", "backward"),
+    "mix, 3×224×224": _IMAGES.format("random", "bfloat16"),
+    "mix with the flipped batch": _IMAGES.format("flip", "bfloat16"),
+    "bytes → normalised → mixed → bfloat16": _IMAGES.format("random", "uint8"),
+    "the same with the flipped batch": _IMAGES.format("flip", "uint8"),
+    "bytes whose three channels are innermost": _IMAGES.format("channels_last", "uint8"),
+    "CutMix, 3×224×224": _IMAGES.format("cut", "bfloat16"),
+    "CutMix with the flipped batch": _IMAGES.format("cut_flip", "bfloat16"),
+    "CutMix of bytes → normalised → bfloat16": _IMAGES.format("cut", "uint8"),
+    "CutMix of float32": _IMAGES.format("cut", "float32"),
+}
 
 
 def summary(table: Path) -> list[list[str]]:
-    """The rows of ``SUMMARY``: the work, instructions an element and loads in flight of Triton's and C++'s kernels, the budget.
+    """The rows of ``SUMMARY``: the work, instructions an element and loads in flight of Triton's and C++'s kernels, and their bar.
 
     Of several kernels, the most instructions and the fewest loads. Triton's have those of the whole kernel beside those of
     the loop; C++'s code outside it is there for what most calls do not need.
     """
     kernels = [row for row in read_csv(table, Kernel) if row.target == "sm_90" and row.instructions is not None]
     rows = []
-    for work, pattern, budget in SUMMARY:
-        cells = []
-        for language in ("triton", "cuda"):
-            found = [
-                row for row in kernels if row.language == language and re.search(pattern, f"{row.case} {row.kernel}")
-            ]
-            cell = "–"
-            if found:
-                cell = f"{max(row.instructions for row in found):.1f}, {min(row.in_flight for row in found)} loads"
-            whole = max((row.all_instructions for row in found), default=0)
-            if language == "triton" and whole > max((row.instructions for row in found), default=0):
-                cell += f"; {whole:.1f} in all"
-            cells.append(cell)
-        rows.append([work, *cells, budget])
+    for work, pattern in SUMMARY.items():
+        found = [row for row in kernels if re.search(pattern, f"{row.case} {row.kernel}")]
+        held = [(bar.limit, kernel.language) for bar, kernel, _ in verdicts(found) if bar.field == "instructions"]
+        bar = " and ".join(sorted({f"{limit:g}" for limit, _ in held})) or "–"
+        if held and {language for _, language in held} != {row.language for row in found}:
+            bar += ", C++ alone"
+        cells = [_counts([row for row in found if row.language == language]) for language in ("triton", "cuda")]
+        rows.append([work, *cells, bar])
     return rows
+
+
+def _counts(kernels: list[Kernel]) -> str:
+    if not kernels:
+        return "–"
+    loop, whole = (max(getattr(row, name) for row in kernels) for name in ("instructions", "all_instructions"))
+    text = f"{loop:.1f}, {min(row.in_flight for row in kernels)} loads"
+    return f"{text}; {whole:.1f} in all" if kernels[0].language == "triton" and whole > loop else text
 
 
 def verdicts(kernels: list[Kernel]) -> list[tuple[Bar, Kernel, bool]]:

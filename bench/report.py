@@ -75,7 +75,7 @@ def host_share() -> list[str]:
 
 def aot() -> list[str]:
     """What is counted in the kernels' machine code."""
-    head = ["sm_90, bfloat16 but where another dtype is named", "Triton", "CUDA C++", "budget of the loop"]
+    head = ["sm_90, bfloat16 but where another dtype is named", "Triton", "CUDA C++", "bar of the loop"]
     return _table(head, aot_table.summary(RESULTS / "aot.csv"))
 
 
