@@ -21,7 +21,7 @@ void gather_rows(const GatherRows<In>& job, const Tiling& tiling, int64_t begin,
     std::memset(block, 0, n * sizeof(T));
     for (int64_t t = job.offsets[row]; t < job.offsets[row + 1]; ++t)
       add_block(job.src + job.index[t] * job.src_stride + start, job.weight[t], n, block);
-    write_block<T, In>(block, n, false, job.out + row * job.out_stride + start);
+    write_block(block, n, job.out + row * job.out_stride + start);
   });
 }
 

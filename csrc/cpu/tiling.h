@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "elements.h"
@@ -15,21 +17,21 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
-#ifdef __linux__
-#include <unistd.h>
-#endif
 
 namespace mixupe {
 namespace {
 
-// Beyond the last-level cache a result will be read back from memory anyway, and non-temporal stores spare the read
-// of each line before it is written.
+// Beyond the last-level cache a result will be read back from memory anyway, and non-temporal stores spare the read of each
+// line before it is written. Linux tells its size. sysconf's is worked out from CPUID: on a share of an AMD EPYC ten times the
+// 32 MB that are there. MIXUPE_LAST_LEVEL_CACHE, in bytes, takes its place: with 0 every result is streamed, as tests have it.
 const int64_t last_level_cache = [] {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return int64_t(32) << 20;
+  if (const char* bytes = std::getenv("MIXUPE_LAST_LEVEL_CACHE")) return int64_t(std::atoll(bytes));
+  long kilobytes = 0;
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return int64_t(kilobytes > 0 ? kilobytes : 32 << 10) << 10;
 }();
 
 // Copies past the caches; `source` is a small buffer in the first-level cache.
@@ -60,22 +62,23 @@ constexpr int64_t tile_bytes = 320 << 10;
 
 // A pass over samples that are flat runs of elements, in tiles: items are (tile, chunk of rows), tiles outermost.
 struct Tiling {
-  int64_t sample, rows, tile, rows_per_chunk, chunks, tiles;
+  int64_t sample, rows, rows_together, tile, rows_per_chunk, chunks, tiles;
 
-  Tiling(int64_t sample_size, int64_t row_count, int64_t element_size) : sample(sample_size), rows(row_count) {
+  Tiling(int64_t sample_size, int64_t row_count, int64_t element_size, int64_t together = 1)
+      : sample(sample_size), rows(row_count), rows_together(together) {
     // Tiles of one length in whole cache lines, so that the threads' shares are equal.
     tiles = std::max<int64_t>(1, (sample * element_size + tile_bytes - 1) / tile_bytes);
     tile = std::max<int64_t>(1, ((sample + tiles - 1) / tiles + 63) / 64 * 64);
     tiles = std::max<int64_t>(1, (sample + tile - 1) / tile);
     // Few tiles (short samples): rows share the work out as well.
-    rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / tile);
+    rows_per_chunk = tiles >= 16 ? rows : std::max<int64_t>(1, elements_per_thread / (tile * together));
     if (tiles > 1) rows_per_chunk = std::max(rows_per_chunk, (rows + 3) / 4);
     chunks = rows ? (rows + rows_per_chunk - 1) / rows_per_chunk : 0;
   }
 
   template <typename F>
   void parallel(const F& body) const {
-    const int64_t elements = tile * std::min(rows_per_chunk, rows);
+    const int64_t elements = tile * rows_together * std::min(rows_per_chunk, rows);
     const int64_t grain = elements > 0 ? std::max<int64_t>(1, elements_per_thread / elements) : 1;
     torch::stable::parallel_for(0, tiles * chunks, grain, body);
   }
@@ -93,12 +96,10 @@ struct Tiling {
   }
 };
 
-// Loops over a block are functions of their own, compiled for every SIMD level. Reading and writing are pointers to
-// them: a call a block costs nothing, and spares compiling every loop for every pair of dtypes.
+// Loops over a block are functions of their own, compiled for every SIMD level. Reading is by a pointer to one: a call a block
+// costs nothing, and spares compiling every loop for every pair of dtypes.
 template <typename T>
 using ReadBlock = void (*)(const void* x, int64_t n, T* block);
-template <typename T>
-using WriteBlock = void (*)(const T* block, int64_t n, bool stream, void* out);
 
 template <typename In>
 MIXUPE_SIMD void read_block(const void* x, int64_t n, Accumulate<In>* block) {
@@ -108,16 +109,11 @@ MIXUPE_SIMD void read_block(const void* x, int64_t n, Accumulate<In>* block) {
 }
 
 template <typename T, typename Out>
-MIXUPE_SIMD void write_block(const T* block, int64_t n, bool stream, void* out) {
+MIXUPE_SIMD void write_block(const T* block, int64_t n, Out* out) {
   if constexpr (std::is_same_v<T, Out>) {
-    if (stream) return stream_bytes(out, block, n * sizeof(T));
     std::memcpy(out, block, n * sizeof(T));
-  } else if (stream) {
-    alignas(64) Out narrowed[block_size];
-    store_block(block, n, narrowed);
-    stream_bytes(out, narrowed, n * sizeof(Out));
   } else {
-    store_block(block, n, static_cast<Out*>(out));
+    store_block(block, n, out);
   }
 }
 

@@ -1,5 +1,9 @@
 """mix and mix_out: pairings, layouts, dtypes, boxes, in place, against the reference in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -302,3 +306,12 @@ def test_channels_longer_than_a_tile(backend, shape, partner):
     partner = None if partner is None else torch.randperm(shape[0])
     scale, shift = torch.rand(2, shape[1])
     check("mix", x, partner, lam, None, scale, shift, torch.float32)
+
+
+@pytest.mark.skipif("cpp" not in mk.available_backends(), reason="the compiled CPU backend is not built")
+def test_results_larger_than_the_caches():
+    """This file's tests with every result of C++ stored past the caches, as large ones are."""
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "cpp", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    environment = {**os.environ, "MIXUPE_LAST_LEVEL_CACHE": "0"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
