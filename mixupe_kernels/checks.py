@@ -32,7 +32,8 @@ SLICED = (
 
 def number(name: str, value, expected: str, accept) -> float:
     """``value`` as a float if it is a real number that ``accept`` takes, else TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    # The type first: to ask an abstract class takes 0.4 µs, and every loss asks for three numbers.
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
     value = float(value)
     if value != value or not accept(value):  # NaN; math.isnan takes no symbol of a graph
@@ -59,7 +60,7 @@ def positive_int(name: str, value) -> int:
 def integer(name: str, value, lowest: int | None = None) -> int:
     """``value`` as an int if it is a whole number, NumPy's among them, of at least ``lowest``, else TypeError or ValueError."""
     expected = "an int" if lowest is None else f"an int >= {lowest}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
     if lowest is not None and value < lowest:
         raise ValueError(f"{name} must be {expected}, got {value}")
