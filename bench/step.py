@@ -100,9 +100,9 @@ def _adamw(parameters, **options) -> torch.optim.Optimizer:
 
 
 SPECS = (
-    Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 121),
+    Spec("MLP 64-128-128-10", lambda: models.mlp(64, 10), (64,), 10, 100, _adam, 61),
     Spec("LeNet 1x160x101", models.lenet, (1, 160, 101), 30, 100, _adam, 15),
-    Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 11),
+    Spec("PreActResNet-18 3x32x32", models.preact_resnet18, (3, 32, 32), 100, 100, _sgd, 5),
     Spec("PreActResNet-50 3x32x32", models.preact_resnet50, (3, 32, 32), 100, 100, _sgd, 15, True),
     Spec("ResNet-50 3x224x224", models.resnet50, (3, 224, 224), 1000, 256, _sgd, 15, True),
     Spec("ViT-B/16 3x224x224", models.vit_b16, (3, 224, 224), 1000, 256, _adamw, 15, True),
