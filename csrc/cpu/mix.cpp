@@ -237,10 +237,11 @@ void run_mix_to(const MixSamples<In>& samples, const Tensor& out) {
   const int64_t count = samples.count, stride = out.stride(0), element = std::max(sizeof(In), sizeof(Out));
   Out* const to = data<Out>(out);
   const bool pairs = samples.flips();
-  // Non-temporal stores are for whole lines, of all rows that are mixed together.
+  // Non-temporal stores are for whole lines, of all rows that are mixed together. Rows that begin at different places within
+  // lines, streamed one at a time, gained images nothing, and rows of 100 floats took 1.7 of the time.
   const bool lines_agree = stride * sizeof(Out) % 64 == 0;
-  const bool stream = count * samples.sample * int64_t(sizeof(Out)) > last_level_cache && (lines_agree || !pairs);
-  const int64_t together = pairs ? 2 : stream && lines_agree ? rows_together : 1;
+  const bool stream = lines_agree && count * samples.sample * int64_t(sizeof(Out)) > last_level_cache;
+  const int64_t together = pairs ? 2 : stream ? rows_together : 1;
   const Tiling tiling(samples.sample, (count + together - 1) / together, element, together);
   const Affine<T> affine(samples.scale, samples.shift, samples.channels, samples.channel_stride);
   std::vector<int64_t> order;

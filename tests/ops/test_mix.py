@@ -93,6 +93,22 @@ def test_mix_from_and_into_every_other_sample(backend):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("pairing", ["partner", "flip", "in place"])
+@pytest.mark.parametrize("distance", [352, 341])
+def test_what_lies_between_samples_of_out_stays(backend, distance, pairing):
+    """Samples that begin at one place within lines of the cache, which is not their start, or each at another."""
+    x, lam, normalise = torch.randn(5, 331), torch.rand(5), (torch.rand(331), torch.randn(331))
+    partner = torch.randint(5, (5,)) if pairing == "partner" else None
+    expected = ops.mix(x, partner, lam, None, *normalise)
+    memory = torch.full((7 + 5 * distance,), torch.nan)
+    out = memory[7:].view(5, distance)[:, :331]
+    if pairing == "in place":
+        x = out.copy_(x)
+    ops.mix_out(x, partner, lam, None, *normalise, out=out)
+    assert torch.equal(out, expected)
+    assert memory.isnan().sum() == memory.numel() - out.numel()
+
+
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
