@@ -11,6 +11,7 @@ import mixupe_kernels as mk
 from mixupe_kernels import conventions
 
 from ..cases import DTYPES, check, compute_dtype, thorough
+from ..conftest import ON_CPU, Served
 
 ops = torch.ops.mixupe
 # What another order of one multiplication and one addition may change.
@@ -324,7 +325,7 @@ def test_channels_longer_than_a_tile(backend, shape, partner):
     check("mix", x, partner, lam, None, scale, shift, torch.float32)
 
 
-@pytest.mark.skipif("cpp" not in mk.available_backends(), reason="the compiled CPU backend is not built")
+@pytest.mark.skipif(Served("cpp") not in ON_CPU, reason="C++ is not among the backends of this run")
 def test_results_larger_than_the_caches():
     """This file's tests with every result of C++ stored past the caches, as large ones are."""
     command = [sys.executable, "-m", "pytest", __file__, "-k", "cpp", "-q", "-p", "no:cacheprovider", "-n", "0"]
