@@ -125,4 +125,10 @@ MIXUPE_FN void store_block(const T* block, int64_t n, L* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<L>(block[i]);
 }
 
+// The same as a function of its own.
+template <typename L, typename T>
+MIXUPE_SIMD void write_block(const T* block, int64_t n, L* out) {
+  store_block(block, n, out);
+}
+
 }  // namespace mixupe

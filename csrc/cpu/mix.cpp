@@ -134,12 +134,12 @@ MIXUPE_SIMD void mix_streamed(const Row<In, Out>* rows, int count, const Box& bo
       if (!factors.none) factors.apply(i, step_size, values[r]);
     }
     for (int r = 0; r < count; ++r) {
-      if constexpr (std::is_same_v<T, Out>) {
-        stream_bytes(rows[r].out + at, values[r], sizeof narrowed);
-      } else {
+      const void* step = values[r];
+      if constexpr (!std::is_same_v<T, Out>) {
         store_block(values[r], step_size, narrowed);
-        stream_bytes(rows[r].out + at, narrowed, sizeof narrowed);
+        step = narrowed;
       }
+      stream_bytes(rows[r].out + at, step, sizeof narrowed);
     }
   }
 }

@@ -163,11 +163,6 @@ MIXUPE_SIMD void sigmoid_gradient_block(const L* z, const T* y, int64_t n, const
   for (int64_t i = 0; i < padded(n); ++i) block[i] = sigmoid_gradient(block[i], y[i], g);
 }
 
-template <typename L, typename T>
-MIXUPE_SIMD void write_block(const T* block, int64_t n, L* out) {
-  store_block(block, n, out);
-}
-
 // The labels' part of CE, of shifted logits: lse - z_y would lose the digits of a shift that all logits share.
 template <typename L, typename T>
 MIXUPE_FN double label_ce(const L* z, const Labels<T>& l, double max, double log_total) {

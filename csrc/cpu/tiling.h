@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "elements.h"
 #include "parallel.h"
@@ -55,15 +54,6 @@ struct Tiling {
     }
   }
 };
-
-template <typename T, typename Out>
-MIXUPE_SIMD void write_block(const T* block, int64_t n, Out* out) {
-  if constexpr (std::is_same_v<T, Out>) {
-    std::memcpy(out, block, n * sizeof(T));
-  } else {
-    store_block(block, n, out);
-  }
-}
 
 }  // namespace
 }  // namespace mixupe
